@@ -1,0 +1,236 @@
+"""A training role (learner or discriminator) as a Ray Train worker group driven by commands.
+
+Protocol: `TorchTrainer.fit()` runs in a thread of its own; every rank builds its handler and then asks the
+group's `Mailbox` actor for commands, in order. A command runs on all ranks (they share collectives) and is done
+when all have replied. A command carries a number; a rank that sees a number again sends its first reply again, so a
+repeated delivery is harmless. The group is never restarted in place: a rank that fails ends the run with its own
+traceback, and the run resumes from its last checkpoint, so there is one recovery path instead of two.
+
+    group = TrainerGroup("learner", build_rank, build_config, plan)
+    await group.start()
+    metrics = await group.call("train_step", timeout_s=600, table=ref)
+    await group.stop()
+"""
+
+import asyncio
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+POLL_S = 20.0
+
+
+class RankError(RuntimeError):
+    """A command failed on a rank, or the worker group died; the message names role, rank and command."""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Resources of one training role. Threads are torch intra-op threads per rank."""
+
+    ranks: int
+    cpus_per_rank: float
+    use_gpu: bool
+    threads: int
+    storage: str
+    start_timeout_s: float
+
+
+class Mailbox:
+    """Async Ray actor between the controller and the ranks of one group. Holds the command in progress only."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.number = 0
+        self.command: tuple[int, str, dict[str, Any]] | None = None
+        self.replies: dict[int, tuple[bool, Any]] = {}
+        self.ready: dict[int, Any] = {}
+        self.changed = asyncio.Condition()
+
+    async def call(self, method: str, payload: dict[str, Any]) -> list[tuple[bool, Any]]:
+        """Run a command on all ranks; returns (ok, result or traceback) by rank, as soon as one failed or all replied."""
+        async with self.changed:
+            self.number += 1
+            self.command = (self.number, method, payload)
+            self.replies = {}
+            self.changed.notify_all()
+            await self.changed.wait_for(
+                lambda: len(self.replies) == self.ranks or any(not ok for ok, _ in self.replies.values())
+            )
+            self.command = None
+            return [self.replies.get(rank, (True, None)) for rank in range(self.ranks)]
+
+    async def next(self, after: int) -> tuple[int, str, dict[str, Any]] | None:
+        """The command in progress if its number is above `after`; None when `POLL_S` seconds brought none."""
+        async with self.changed:
+            fresh = lambda: self.command is not None and self.command[0] > after  # noqa: E731
+            try:
+                await asyncio.wait_for(self.changed.wait_for(fresh), POLL_S)
+            except TimeoutError:
+                return None
+            return self.command
+
+    async def reply(self, rank: int, number: int, ok: bool, result: Any) -> None:
+        """Record a rank's result; a second reply to the same command changes nothing."""
+        async with self.changed:
+            if self.command is not None and number == self.command[0]:
+                self.replies.setdefault(rank, (ok, result))
+                self.changed.notify_all()
+
+    async def set_ready(self, rank: int, info: Any) -> None:
+        """A rank has built its handler."""
+        async with self.changed:
+            self.ready[rank] = info
+            self.changed.notify_all()
+
+    async def wait_ready(self) -> list[Any]:
+        """What each rank reported once all ranks are up."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: len(self.ready) == self.ranks)
+            return [self.ready[rank] for rank in range(self.ranks)]
+
+
+def _serve_rank(config: dict[str, Any]) -> None:
+    """Runs on every rank inside Ray Train: build the handler, then execute commands until told to stop."""
+    import torch
+
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    mailbox = config["mailbox"]
+    torch.set_num_threads(config["threads"])
+    handler = config["build"](rank=rank, ranks=ranks, **config["build_config"])
+    ray.get(mailbox.set_ready.remote(rank, {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}))
+    done, last = 0, (True, None)
+    while True:
+        command = ray.get(mailbox.next.remote(done), timeout=3 * POLL_S)
+        if command is None:
+            continue
+        number, method, payload = command
+        if method == "stop":
+            ray.get(mailbox.reply.remote(rank, number, True, None))
+            return
+        try:
+            last = (True, getattr(handler, method)(**payload))
+        except Exception:
+            ray.get(mailbox.reply.remote(rank, number, False, traceback.format_exc()))
+            raise
+        done = number
+        ray.get(mailbox.reply.remote(rank, number, *last))
+
+
+class TrainerGroup:
+    """Controller-side handle of one training role."""
+
+    def __init__(
+        self, role: str, build: Callable[..., Any], build_config: dict[str, Any], plan: GroupPlan
+    ) -> None:
+        self.role = role
+        self.plan = plan
+        self.mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 + 4 * plan.ranks).remote(plan.ranks)
+        self._loop_config = {
+            "mailbox": self.mailbox,
+            "build": build,
+            "build_config": build_config,
+            "threads": plan.threads,
+        }
+        self._ended: asyncio.Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._turn = asyncio.Lock()
+        self.info: list[dict[str, Any]] = []
+
+    async def start(self) -> None:
+        """Bring the ranks up.
+
+        Raises:
+            RankError: a rank failed while building, or the deadline passed.
+        """
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._thread = threading.Thread(target=self._fit, args=(loop, self._ended), daemon=True, name=f"fit-{self.role}")
+        self._thread.start()
+        self.info = await self._wait(
+            self.mailbox.wait_ready.remote(), self.plan.start_timeout_s, f"start of {self.plan.ranks} rank(s)"
+        )
+
+    async def call(self, method: str, *, timeout_s: float, **payload: Any) -> list[Any]:
+        """Run `method(**payload)` of the handler on every rank; returns the results by rank. One command at a time.
+
+        Raises:
+            RankError: with the rank's traceback, or when `timeout_s` passed.
+        """
+        async with self._turn:
+            replies = await self._wait(self.mailbox.call.remote(method, payload), timeout_s, method)
+        for rank, (ok, result) in enumerate(replies):
+            if not ok:
+                raise RankError(f"{self.role} rank {rank} failed in {method}:\n{result}")
+        return [result for _, result in replies]
+
+    async def stop(self, timeout_s: float = 30.0) -> None:
+        """End the ranks' loops and the fit thread; a group that is already down is left as it is."""
+        if self._ended is None or self._ended.done():
+            return
+        try:
+            await self.call("stop", timeout_s=timeout_s)
+            await asyncio.wait_for(asyncio.shield(self._ended), timeout_s)
+        finally:
+            ray.kill(self.mailbox)
+
+    def _fit(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        resources: dict[str, float] = {"CPU": self.plan.cpus_per_rank}
+        if self.plan.use_gpu:
+            resources["GPU"] = 1
+        trainer = TorchTrainer(
+            _serve_rank,
+            train_loop_config=self._loop_config,
+            scaling_config=ScalingConfig(
+                num_workers=self.plan.ranks, use_gpu=self.plan.use_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=self.role,
+                storage_path=self.plan.storage,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+        error: BaseException | None = None
+        try:
+            trainer.fit()
+        except Exception as caught:
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._set_ended, ended, error)
+
+    def _set_ended(self, ended: "asyncio.Future[None]", error: BaseException | None) -> None:
+        if ended.done():
+            return
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+            ended.exception()  # mark as retrieved: `_wait` reports it when somebody waits
+
+    async def _wait(self, ref: "ray.ObjectRef", timeout_s: float, what: str) -> Any:
+        assert self._ended is not None, "start() first"
+        answer = asyncio.ensure_future(_as_coroutine(ref))
+        await asyncio.wait({answer, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        answer.cancel()
+        if self._ended.done():
+            reason = self._ended.exception() or "the worker group ended by itself"
+            raise RankError(f"{self.role} worker group went down during {what}: {reason}")
+        raise RankError(
+            f"{self.role} did not finish {what} within {timeout_s:.0f} s; "
+            f"raise {self.role}.step_timeout_s (or start_timeout_s) if the work is really that long"
+        )
+
+
+async def _as_coroutine(ref: "ray.ObjectRef") -> Any:
+    return await ref

@@ -1,0 +1,167 @@
+"""Configuration of everything between a data file and a trajectory: data, policy model, sampling, rollout workers."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown fields are refused, attribute docstrings document the fields."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """Where demonstrations and prompts come from and how they are split."""
+
+    demonstrations: str = ""
+    """JSONL or Parquet file, or a Hugging Face dataset folder, with one demonstration (prompt, response) a row."""
+
+    prompts: str = ""
+    """Optional file of further prompts without responses; they are used for rollouts only."""
+
+    prompt_column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages with `role` and `content`."""
+
+    response_column: str = "response"
+    """Column with the human answer: a string."""
+
+    prompt_format: Literal["text", "chat"] = "text"
+    """`text` uses the prompt as it stands; `chat` renders it with the tokenizer's chat template."""
+
+    prompt_template: str = "{prompt}"
+    """Python format string around a text prompt (in chat format: around the single user message made from it)."""
+
+    system_prompt: str = ""
+    """System message put before every chat prompt that does not bring its own."""
+
+    max_prompt_tokens: PositiveInt = 512
+    """Prompts longer than this many tokens are an error (or skipped with on_error = "skip")."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """A malformed row stops the run with file and line, or is skipped, counted and reported."""
+
+    heldout_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of prompts whose demonstrations only judge the discriminator."""
+
+    selection_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of prompts used to choose the best checkpoint."""
+
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of prompts read only to report base, best and last."""
+
+    split_seed: int = 0
+    """Seed of the split; the same seed and prompts give the same four splits."""
+
+    max_demonstrations: PositiveInt | None = None
+    """Use at most this many training demonstrations (None: all). Evaluation splits stay as they are."""
+
+    @model_validator(mode="after")
+    def _fractions_leave_training_data(self) -> "DataConfig":
+        total = self.heldout_fraction + self.selection_fraction + self.test_fraction
+        if total >= 0.9:
+            raise ValueError(f"heldout, selection and test fractions add up to {total:.2f}; leave training data (< 0.9)")
+        return self
+
+
+class PolicyConfig(Section):
+    """The language model that is fine-tuned."""
+
+    model: str = ""
+    """Hub name or local folder of a causal language model."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype of policy, reference and rollout workers. Masters and optimizer states are always fp32."""
+
+    end_of_response: str = ""
+    """Token (as text) that ends a response; empty: the tokenizer's EOS. Base models without a trained EOS can use a newline."""
+
+    trust_remote_code: bool = False
+    """Allow model code from the hub to run."""
+
+
+class SamplingConfig(Section):
+    """How responses are drawn during training. Truncating samplers are refused: the learner cannot see what they cut."""
+
+    group_size: PositiveInt = 8
+    """Responses per prompt."""
+
+    max_tokens: PositiveInt = 64
+    """Most tokens in a response, its end token included."""
+
+    min_tokens: Annotated[int, Field(ge=0, le=0)] = 0
+    """Must be 0: a minimum length renormalises over tokens the learner does not know."""
+
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the learner divides its logits by the same number."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Must be 1 in training."""
+
+    top_k: int = 0
+    """Must be 0 (off) in training."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Must be 0 in training."""
+
+    repetition_penalty: PositiveFloat = 1.0
+    """Must be 1 in training."""
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> "SamplingConfig":
+        for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"sampling.{name} = {getattr(self, name)} would sample from a distribution the learner cannot "
+                    f"evaluate; set it to {off} (evaluation.{name} may differ)"
+                )
+        return self
+
+
+class RolloutConfig(Section):
+    """The rollout workers: vLLM engines in Ray actors."""
+
+    workers: PositiveInt = 1
+    """Number of rollout workers."""
+
+    tensor_parallel: PositiveInt = 1
+    """GPUs per worker."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA when the cluster has GPUs."""
+
+    cpus_per_worker: PositiveFloat = 0.5
+    """Logical Ray CPUs per worker."""
+
+    threads: PositiveInt | None = None
+    """OMP threads per CPU worker (None: the node's cores divided by the workers)."""
+
+    max_model_len: PositiveInt | None = None
+    """Longest prompt plus response (None: data.max_prompt_tokens + sampling.max_tokens)."""
+
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded together in one worker."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that vLLM may take."""
+
+    kv_cache_gib: PositiveInt = 1
+    """KV cache of a CPU worker in GiB."""
+
+    enforce_eager: bool | None = None
+    """Skip graph capture (None: on CPU yes, on GPU no)."""
+
+    start_timeout_s: PositiveFloat = 300.0
+    """Deadline for a worker to come up."""
+
+    generate_timeout_s: PositiveFloat = 600.0
+    """Deadline for one batch of prompts."""
+
+    sync_timeout_s: PositiveFloat = 120.0
+    """Deadline for one weight sync."""
+
+    sync_bucket_mib: PositiveInt = 64
+    """Size of a packed bucket on the wire."""
+
+    logprob_alarm: PositiveFloat = 0.1
+    """Alarm when the mean |log-prob difference| between sampler and learner exceeds this."""

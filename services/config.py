@@ -1,0 +1,240 @@
+"""The run configuration: every folder's section composed, read from TOML, overridden from the command line.
+
+Nothing here imports torch, Ray or vLLM: a wrong field is reported within the first second.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from discriminator.config import DiscriminatorConfig
+from learner.config import LearnerConfig
+from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
+from services.evaluation.config import EvaluationConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names field, value and remedy, one problem a line."""
+
+
+class RunSection(Section):
+    """What is run, for how long, and where it is written."""
+
+    name: str = "run"
+    """The run's folder is output/name."""
+
+    output: str = "runs"
+    """Folder that holds run folders."""
+
+    seed: int = 0
+    """Seed of everything that is drawn."""
+
+    steps: PositiveInt = 100
+    """Learner steps in all (a resumed run goes on to this number)."""
+
+    prompts_per_step: PositiveInt = 16
+    """Prompt groups per step; a step trains on prompts_per_step × sampling.group_size responses."""
+
+    max_policy_lag: NonNegativeInt = 0
+    """Oldest policy version a trained response may come from, in versions behind the learner; 0 is synchronous."""
+
+    max_disc_lag: NonNegativeInt = 0
+    """Oldest discriminator version a score may come from, in versions behind the newest due; 0 waits for each update."""
+
+    checkpoint_every: NonNegativeInt = 50
+    """Steps between checkpoints (0: only at the end and on Ctrl-C)."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+    exact: bool = False
+    """Number-for-number repeatable and resumable: needs both lags 0; costs some generation speed."""
+
+    samples_shown: PositiveInt = 8
+    """Sample texts printed and kept beside their demonstrations at each evaluation."""
+
+
+class Config(Section):
+    """One training run."""
+
+    run: RunSection = RunSection()
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        problems = []
+        if not self.policy.model:
+            problems.append("policy.model is empty: give a hub name or the folder of a causal language model")
+        if not self.data.demonstrations:
+            problems.append("data.demonstrations is empty: give a JSONL or Parquet file or a dataset folder")
+        if self.run.exact and (self.run.max_policy_lag or self.run.max_disc_lag):
+            problems.append("run.exact needs run.max_policy_lag = 0 and run.max_disc_lag = 0")
+        if self.learner.baseline == "group" and self.sampling.group_size == 1:
+            problems.append('learner.baseline = "group" needs sampling.group_size > 1; use "batch" or more samples')
+        if self.rollout.max_model_len is not None:
+            need = self.data.max_prompt_tokens + self.sampling.max_tokens
+            if self.rollout.max_model_len < need:
+                problems.append(
+                    f"rollout.max_model_len = {self.rollout.max_model_len} is shorter than data.max_prompt_tokens + "
+                    f"sampling.max_tokens = {need}"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, absolute."""
+        return Path(self.run.output).expanduser().absolute() / self.run.name
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus response in tokens."""
+        return self.rollout.max_model_len or self.data.max_prompt_tokens + self.sampling.max_tokens
+
+
+def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, type[BaseModel] | None]:
+    """Dotted path of every field; the value is the section's class for sections, None for plain fields."""
+    paths: dict[str, type[BaseModel] | None] = {}
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        paths[prefix + name] = section
+        if section is not None:
+            paths |= field_paths(section, f"{prefix}{name}.")
+    return paths
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def load(path: Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply `--section.field value` overrides, validate.
+
+    Raises:
+        ConfigError: unreadable file, unknown field (with the nearest known one), wrong value or contradiction.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such configuration file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for dotted, value in parse_overrides(overrides or []).items():
+        node = raw
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    _refuse_unknown(raw, path)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+            message = problem["msg"].removeprefix("Value error, ")
+            given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+            lines += [f"{where}: {part}{given}" for part in message.split("; ")]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`["--a.b", "1", "--c.d=x"]` → `{"a.b": 1, "c.d": "x"}`; values are TOML, or else plain strings.
+
+    Raises:
+        ConfigError: a word that is no override, or an override without value.
+    """
+    overrides: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; overrides look like --learner.lr 1e-5")
+        dotted, equals, text = word[2:].partition("=")
+        if not equals:
+            text = next(words, "")
+            if text == "" or text.startswith("--"):
+                raise ConfigError(f"--{dotted}: a value is missing, as in --{dotted} VALUE or --{dotted}=VALUE")
+        try:
+            overrides[dotted] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[dotted] = text
+    return overrides
+
+
+def _refuse_unknown(raw: dict[str, Any], path: Path | None) -> None:
+    known = field_paths()
+    problems = []
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for name, value in node.items():
+            dotted = prefix + name
+            if dotted not in known:
+                problems.append(_unknown(dotted, list(known)))
+            elif known[dotted] is not None and isinstance(value, dict):
+                walk(value, dotted + ".")
+            elif known[dotted] is not None:
+                problems.append(f"{dotted} is a section; write [{dotted}] and fields below it")
+
+    walk(raw, "")
+    if problems:
+        raise ConfigError("\n".join(f"{path or 'command line'}: {problem}" for problem in problems))
+
+
+def _unknown(dotted: str, known: list[str]) -> str:
+    leaf = dotted.rsplit(".", 1)[-1]
+    same_leaf = [path for path in known if path.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or difflib.get_close_matches(dotted, known, n=2, cutoff=0.6)
+    close = close or [p for p in known if difflib.SequenceMatcher(None, leaf, p.rsplit(".", 1)[-1]).ratio() > 0.75]
+    hint = f"; did you mean {' or '.join(close[:2])}?" if close else "; `rlgaf config` lists all fields"
+    return f"unknown field {dotted}{hint}"
+
+
+def to_toml(config: Config, *, comments: bool = False) -> str:
+    """The whole configuration as TOML; with `comments`, each field's documentation stands above it."""
+    lines: list[str] = []
+    _write_section(config, "", lines, comments)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _write_section(section: BaseModel, prefix: str, lines: list[str], comments: bool) -> None:
+    if prefix:
+        lines += ["", f"[{prefix}]"]
+    if comments and prefix and section.__doc__:
+        lines.append(f"# {section.__doc__.strip().splitlines()[0]}")
+    nested = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            nested.append((name, value))
+            continue
+        if comments:
+            lines += ["", *(f"# {line}" for line in (field.description or "").splitlines())]
+        lines.append(f"{name} = {_toml_value(value)}" if value is not None else f"# {name} =")
+    for name, value in nested:
+        _write_section(value, f"{prefix}.{name}" if prefix else name, lines, comments)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,103 @@
+"""Measures of texts that need no model: overlap with the human answer, diversity, length, copying.
+
+Diversity depends on how many texts there are (distinct-n falls, self-BLEU rises with the count): compare only equal
+counts. Texts are expected canonical (one whitespace normalisation on both sides).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rouge_score import rouge_scorer
+from rouge_score.tokenizers import Tokenizer
+from sacrebleu.metrics import BLEU, CHRF
+
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w+")
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks."""
+    return _TOKEN.findall(text.lower())
+
+
+class _Words(Tokenizer):
+    """Lower-case words of any script; rouge-score's own tokenizer keeps only a–z and 0–9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+def rouge_l(generated: Sequence[str], human: Sequence[str]) -> float:
+    """Mean ROUGE-L F1 in [0, 1] (Lin 2004), without stemming."""
+    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
+    return float(
+        np.mean([scorer.score(h, g)["rougeL"].fmeasure for g, h in zip(generated, human, strict=True)])
+    )
+
+
+def chrf(generated: Sequence[str], human: Sequence[str]) -> float:
+    """Corpus chrF2 in [0, 100] (Popović 2015), sacrebleu's defaults."""
+    if len(generated) != len(human):
+        raise ValueError(f"chrF needs equal counts, got {len(generated)} and {len(human)}")
+    return float(CHRF().corpus_score(list(generated), [list(human)]).score)
+
+
+def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams divided by all n-grams over the whole sample (Li et al. 2016), 0 when there are none."""
+    grams = [gram for text in texts for gram in _ngrams(tokens(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str], most: int = 100, seed: int = 0) -> float:
+    """Mean BLEU of each text against all the others, in [0, 100] (Zhu et al. 2018): high means repetitive.
+
+    At most `most` texts are compared, drawn by `seed` alone, so two samples of equal count lose the same rows.
+    Sentence BLEU with sacrebleu's effective order. Raises ValueError on fewer than two texts.
+    """
+    if len(texts) < 2:
+        raise ValueError("self-BLEU needs at least two texts")
+    rows = np.sort(np.random.default_rng(seed).permutation(len(texts))[:most])
+    chosen = [texts[row] for row in rows]
+    bleu = BLEU(effective_order=True)
+    scores = [
+        bleu.sentence_score(text, chosen[:index] + chosen[index + 1 :]).score for index, text in enumerate(chosen)
+    ]
+    return float(np.mean(scores))
+
+
+def lengths(texts: Sequence[str]) -> dict[str, float]:
+    """Length in whitespace-separated words: mean, 10th, 50th and 90th percentile; and the share of empty texts."""
+    words = np.array([len(text.split()) for text in texts])
+    p10, p50, p90 = np.quantile(words, [0.1, 0.5, 0.9])
+    return {
+        "length_mean": float(words.mean()),
+        "length_p10": float(p10),
+        "length_p50": float(p50),
+        "length_p90": float(p90),
+        "empty_rate": float((words == 0).mean()),
+    }
+
+
+def copy_rate(texts: Sequence[str], demonstrations: Sequence[str]) -> float:
+    """Share of texts that are, letter by letter, one of the demonstrations."""
+    known = set(demonstrations)
+    return float(np.mean([text in known for text in texts]))
+
+
+def copy_ngram_rate(texts: Sequence[str], demonstrations: Sequence[str], n: int = 4) -> float:
+    """Mean share of a text's n-grams that occur in some demonstration; texts shorter than n tokens are left out.
+
+    0 when no text is long enough. Humans have a natural rate too: read it beside the human row.
+    """
+    known = {gram for text in demonstrations for gram in _ngrams(tokens(text), n)}
+    shares = []
+    for text in texts:
+        grams = list(_ngrams(tokens(text), n))
+        if grams:
+            shares.append(sum(gram in known for gram in grams) / len(grams))
+    return float(np.mean(shares)) if shares else 0.0
