@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -162,6 +162,9 @@ class RolloutConfig(Section):
 
     sync_bucket_mib: PositiveInt = 64
     """Size of a packed bucket on the wire."""
+
+    max_replacements: NonNegativeInt = 3
+    """Rollout workers that may die or break and be replaced in one run before it stops."""
 
     logprob_alarm: PositiveFloat = 0.1
     """Alarm when the mean |log-prob difference| between sampler and learner exceeds this."""

@@ -53,9 +53,6 @@ class RunSection(Section):
     exact: bool = False
     """Number-for-number repeatable and resumable: needs both lags 0; costs some generation speed."""
 
-    samples_shown: PositiveInt = 8
-    """Sample texts printed and kept beside their demonstrations at each evaluation."""
-
 
 class Config(Section):
     """One training run."""
@@ -95,6 +92,13 @@ class Config(Section):
     def folder(self) -> Path:
         """The run's folder, absolute."""
         return Path(self.run.output).expanduser().absolute() / self.run.name
+
+    @property
+    def gamma(self) -> float:
+        """Discount of later rewards: learner.gamma, or 1 at the sequence level and .25 per token (docs/design.md)."""
+        if self.learner.gamma is not None:
+            return self.learner.gamma
+        return 1.0 if self.discriminator.level == "sequence" else 0.25
 
     @property
     def max_model_len(self) -> int:

@@ -3,15 +3,16 @@
 Lopez-Paz & Oquab, "Revisiting Classifier Two-Sample Tests" (arXiv 1610.06545). Accuracy 0.5 means it cannot.
 
 Invariants:
-* classes are balanced, and balanced inside each fold: every prompt brings as many texts of one side as of the other;
+* classes are balanced, and balanced inside each fold: every prompt brings as many texts of one side as of the
+  other;
 * every prompt lies in one fold; vectorisers, scalers and weights are fitted without that fold;
 * each text is judged once, by a classifier that never saw its prompt;
 * both sides pass through the same `normalise` before anything else looks at them.
 
-Two classifiers look at the texts: logistic regression on character and word n-grams, and on frozen embeddings. The
-higher accuracy is the headline. Taking the higher of two is itself a small advantage for the classifier, so that
-intervals are simultaneous (Bonferroni over the classifiers); `human_floor` pays the same price, which is why the
-headline is to be read beside it.
+Two classifiers look at the texts: logistic regression on character and word n-grams, and on frozen
+embeddings. The higher accuracy is the headline. Taking the higher of two is itself a small advantage for the
+classifier, so that intervals are simultaneous (Bonferroni over the classifiers); `human_floor` pays the same
+price, which is why the headline is to be read beside it.
 """
 
 import math
@@ -68,7 +69,9 @@ def c2st(
     Raises ValueError on unequal lengths, on embeddings of one side only, and on fewer than 4 prompts.
     """
     if not len(prompt_ids) == len(first) == len(second):
-        raise ValueError(f"c2st needs equal counts, got {len(prompt_ids)} ids, {len(first)} and {len(second)} texts")
+        raise ValueError(
+            f"c2st needs equal counts, got {len(prompt_ids)} ids, {len(first)} and {len(second)} texts"
+        )
     if (first_embeddings is None) != (second_embeddings is None):
         raise ValueError("c2st needs embeddings of both sides or of neither")
     names = sorted(set(prompt_ids))
@@ -105,10 +108,11 @@ def human_floor(
 ) -> C2ST:
     """The same test with human answers on both sides: half of the prompts against the other half.
 
-    No prompt is on both sides, and both halves come from one distribution, so the truth is 0.5. What is measured
-    above it is noise and the gain of taking the better of two classifiers: a policy at the floor cannot be told from
-    the humans by this instrument. Each side has half as many texts as in the test of a policy, so the interval is
-    wider. The first answer of every prompt is used. Raises ValueError on fewer than 8 prompts.
+    No prompt is on both sides, and both halves come from one distribution, so the truth is 0.5. What is
+    measured above it is noise and the gain of taking the better of two classifiers: a policy at the floor
+    cannot be told from the humans by this instrument. Each side has half as many texts as in the test of a
+    policy, so the interval is wider. The first answer of every prompt is used. Raises ValueError on fewer
+    than 8 prompts.
     """
     rows = list({name: row for row, name in reversed(list(enumerate(prompt_ids)))}.values())
     if len(rows) < 8:
@@ -130,7 +134,7 @@ def human_floor(
 
 
 def assign_folds(prompts: int, folds: int, seed: int) -> np.ndarray:
-    """Fold of each prompt, [prompts] ints; sizes differ by at most one. Never more folds than half the prompts."""
+    """Fold of each prompt, [prompts] ints, in sizes that differ by at most one; at least 2 prompts a fold."""
     count = max(2, min(folds, prompts // 2))
     fold_of = np.arange(prompts) % count
     return np.random.default_rng(seed).permutation(fold_of)
@@ -141,11 +145,11 @@ def prompt_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `correct` [n], resampling whole prompts `prompts` [n].
 
-    Answers to one prompt are judged alike, so prompts are the independent units. A plain bootstrap has no width when
-    all prompts agree (accuracy 1 on 40 prompts is not certainty); two prompts judged right and two judged wrong are
-    therefore added to the pool, as Agresti & Coull (1998) do for a proportion. The result contains the mean.
-    Classifiers of different folds share training texts; that dependence is not part of the interval
-    (Bengio & Grandvalet 2004: no unbiased estimate of it exists).
+    Answers to one prompt are judged alike, so prompts are the independent units. A plain bootstrap has no
+    width when all prompts agree (accuracy 1 on 40 prompts is not certainty); two prompts judged right and two
+    judged wrong are therefore added to the pool, as Agresti & Coull (1998) do for a proportion. The result
+    contains the mean. Classifiers of different folds share training texts; that dependence is not part of the
+    interval (Bengio & Grandvalet 2004: no unbiased estimate of it exists).
     """
     units, index = np.unique(prompts, return_inverse=True)
     sizes = np.bincount(index, minlength=len(units)).astype(float)
@@ -164,8 +168,8 @@ def prompt_interval(
 class _NgramFeatures:
     """Character 1–4-grams, word 1–2-grams and two length columns, fitted on the training folds.
 
-    Texts carry start and end marks, so first words and closing punctuation are features. TF-IDF rows have unit
-    length and forget how long the text was; the two columns give that back.
+    Texts carry start and end marks, so first words and closing punctuation are features. TF-IDF rows have
+    unit length and forget how long the text was; the two columns give that back.
     """
 
     regularisation = 10.0
@@ -175,7 +179,11 @@ class _NgramFeatures:
             analyzer="char", ngram_range=(1, 4), lowercase=False, sublinear_tf=True, max_features=50_000
         ).fit(texts)
         self._word = TfidfVectorizer(
-            ngram_range=(1, 2), lowercase=False, sublinear_tf=True, token_pattern=r"\w+|[^\w\s]", max_features=50_000
+            ngram_range=(1, 2),
+            lowercase=False,
+            sublinear_tf=True,
+            token_pattern=r"\w+|[^\w\s]",
+            max_features=50_000,
         ).fit(texts)
         self._scale = StandardScaler().fit(self._lengths(texts))
 
@@ -185,7 +193,9 @@ class _NgramFeatures:
 
     def __call__(self, texts: Sequence[str]) -> sparse.csr_matrix:
         lengths = sparse.csr_matrix(self._scale.transform(self._lengths(texts)))
-        return sparse.hstack([self._char.transform(texts), self._word.transform(texts), lengths], format="csr")
+        return sparse.hstack(
+            [self._char.transform(texts), self._word.transform(texts), lengths], format="csr"
+        )
 
 
 class _EmbeddingFeatures:

@@ -20,13 +20,16 @@ class EvaluationConfig(Section):
     """Test prompts read for base, best and last at the end (all of them when the split is smaller)."""
 
     samples_per_prompt: PositiveInt = 1
-    """Responses per prompt. Classifier and diversity measures read the first one, the others average over all."""
+    """Responses per prompt.
+
+    Classifier and diversity measures read the first one, the others average over all.
+    """
 
     temperature: PositiveFloat = 1.0
     """Sampling temperature of evaluation responses; 1 measures the distribution that is trained."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus of evaluation responses; below 1 the table no longer measures the distribution that is trained."""
+    """Nucleus of evaluation responses; below 1 the table measures another distribution than is trained."""
 
     embedding_model: str = ""
     """Frozen encoder of the embedding classifier: hub name or folder, e.g. all-MiniLM-L6-v2.

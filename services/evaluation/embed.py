@@ -1,7 +1,7 @@
 """Sentence embeddings from a frozen transformer: mean over the last hidden states, unit length.
 
-The encoder never changes during a run, so a text always has the same vector: whatever the batch or its padding
-(pooling is mask-aware), and the human side can be remembered.
+The encoder never changes during a run, so a text always has the same vector: whatever the batch or its
+padding (pooling is mask-aware), and the human side can be remembered.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Embedder:
-    """Embeds texts with the model in `model` (hub name or folder): any encoder, or a causal language model's body."""
+    """Embeds texts with `model` (hub name or folder): any encoder, or a causal language model's body."""
 
     def __init__(
         self,
@@ -32,7 +32,9 @@ class Embedder:
         self._threads = threads
         self._batch_size = batch_size
         self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        self._model = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        self._model = AutoModel.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
         self._model.eval().requires_grad_(False)
         self._max_tokens = min(max_tokens, getattr(self._model.config, "max_position_embeddings", max_tokens))
         self._kept: dict[str, np.ndarray] = {}
@@ -43,7 +45,7 @@ class Embedder:
         return int(self._model.config.hidden_size)
 
     def __call__(self, texts: Sequence[str], keep: bool = False) -> np.ndarray:
-        """Embed to float32 [len(texts), size]; a text without tokens gets zeros. `keep` remembers these texts."""
+        """Embed to float32 [len(texts), size]; no tokens give zeros. `keep` remembers these texts."""
         todo = sorted({text for text in texts if text not in self._kept})
         vectors = dict(zip(todo, self._embed(todo), strict=True))
         if keep:
@@ -85,11 +87,19 @@ class Embedder:
 
 
 def make_embedder(
-    embedding_model: str, base_model: str, *, threads: int = 1, max_tokens: int = 256, trust_remote_code: bool = False
+    embedding_model: str,
+    base_model: str,
+    *,
+    threads: int = 1,
+    max_tokens: int = 256,
+    trust_remote_code: bool = False,
 ) -> Embedder | None:
-    """Encoder of `evaluation.embedding_model`: empty means the untrained policy `base_model`, "none" means no encoder."""
+    """What `evaluation.embedding_model` names: empty is the untrained policy `base_model`, "none" is None."""
     if embedding_model == "none":
         return None
     return Embedder(
-        embedding_model or base_model, threads=threads, max_tokens=max_tokens, trust_remote_code=trust_remote_code
+        embedding_model or base_model,
+        threads=threads,
+        max_tokens=max_tokens,
+        trust_remote_code=trust_remote_code,
     )

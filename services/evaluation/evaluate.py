@@ -1,7 +1,7 @@
 """One row of the closing table: a policy's answers, or the humans' own, measured against the human answers.
 
-Rows are comparable when they were measured on the same prompts. A row is flat and JSON-ready; the names in `KEYS` are
-always there.
+Rows are comparable when they were measured on the same prompts. A row is flat and JSON-ready; the names in
+`KEYS` are always there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,14 +34,14 @@ def evaluate_texts(
 ) -> Row:
     """Measure a policy: `generated[i]` and `human[i]` answer prompt `prompt_ids[i]`.
 
-    With several samples a prompt the human answer is repeated; overlap, length and copying average over all samples,
-    classifier, coverage and diversity read the first of each, so that both sides count alike. `nll`: mean negative
-    log-likelihood of the human answers under the policy, nats per token. `embed(texts, keep=False)` -> [n, d] is an
-    `Embedder` (None: n-gram classifier only, and `c2st_embedding` is None).
+    With several samples a prompt the human answer is repeated; overlap, length and copying average over all
+    samples, classifier, coverage and diversity read the first of each, so that both sides count alike. `nll`:
+    mean negative log-likelihood of the human answers under the policy, nats per token. `embed(texts,
+    keep=False)` -> [n, d] is an `Embedder` (None: n-gram classifier only, and `c2st_embedding` is None).
 
     Returns `KEYS` and c2st_low, c2st_high, c2st_ngram, c2st_embedding, c2st_classifier, coverage, distinct_1,
-    distinct_3, length_p10, length_p50, length_p90, empty_rate, copy_ngram_rate, prompts, samples. ROUGE-L, distinct-n
-    and rates are in [0, 1], chrF and self-BLEU in [0, 100], lengths in words.
+    distinct_3, length_p10, length_p50, length_p90, empty_rate, copy_ngram_rate, prompts, samples. ROUGE-L,
+    distinct-n and rates are in [0, 1], chrF and self-BLEU in [0, 100], lengths in words.
     """
     if not len(prompt_ids) == len(generated) == len(human):
         raise ValueError(
@@ -89,11 +89,11 @@ def human_row(
     """The humans in the policy's place: what the same instruments say when there is nothing to find.
 
     * `c2st` is `human_floor`: half of the prompts' answers against the other half's.
-    * `rouge_l`, `chrf`: each answer against the answer to *another* prompt. It is the level of a fluent text that
-      ignores its prompt; a policy above it says something about its prompt.
+    * `rouge_l`, `chrf`: each answer against the answer to *another* prompt. It is the level of a fluent text
+      that ignores its prompt; a policy above it says something about its prompt.
     * `coverage`: the two halves of `c2st` against each other.
-    * `nll`: no policy stands behind this row. Give the smallest NLL among the policies of the table: a cross-entropy,
-      hence an upper bound on the human answers' entropy, which no policy can pass.
+    * `nll`: no policy stands behind this row. Give the smallest NLL among the policies of the table: a
+      cross-entropy, hence an upper bound on the human answers' entropy, which no policy can pass.
     * diversity, length and copying are the human answers' own.
     """
     person = [normalise(text) for text in human]
@@ -131,20 +131,22 @@ def human_row(
     }
 
 
-def coverage(human: np.ndarray, generated: np.ndarray, neighbours: int = 5, metric: str = "euclidean") -> float:
+def coverage(
+    human: np.ndarray, generated: np.ndarray, neighbours: int = 5, metric: str = "euclidean"
+) -> float:
     """Share of human points with a generated point inside their k-nearest-neighbour ball among the humans.
 
-    Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models" (arXiv 2002.09797), eq. 6. It
-    falls when the policy leaves regions of human answers empty, however good the rest is. For N points of one
-    distribution on both sides its expectation is 1 − Π_{i=1..k} (N−i)/(2N−i), about 1 − 2^−k. Inputs [n, d] and
-    [m, d], dense or sparse. k is at most n − 1.
+    Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models" (arXiv 2002.09797), eq.
+    6. It falls when the policy leaves regions of human answers empty, however good the rest is. For N points
+    of one distribution on both sides its expectation is 1 − Π_{i=1..k} (N−i)/(2N−i), about 1 − 2^−k. Inputs
+    [n, d] and [m, d], dense or sparse. k is at most n − 1.
     """
     among = pairwise_distances(human, metric=metric)
     k = min(neighbours, among.shape[0] - 1)
     np.fill_diagonal(among, np.inf)
     radius = np.partition(among, k - 1, axis=1)[:, k - 1]
     nearest = pairwise_distances(human, generated, metric=metric).min(axis=1)
-    return float((nearest <= radius).mean())
+    return float((nearest <= radius + 1e-6).mean())  # equal texts must count as inside, whatever the rounding
 
 
 def text_coverage(
@@ -154,7 +156,7 @@ def text_coverage(
     generated_vectors: np.ndarray | None,
     neighbours: int,
 ) -> float:
-    """`coverage` on embeddings, or, where there are none, on TF-IDF of character 2–4-grams of the human texts."""
+    """`coverage` on embeddings; where there are none, on TF-IDF of the human texts' character 2–4-grams."""
     if human_vectors is not None and generated_vectors is not None:
         return coverage(human_vectors, generated_vectors, neighbours)
     tfidf = TfidfVectorizer(analyzer="char", ngram_range=(2, 4), sublinear_tf=True, max_features=50_000)
@@ -164,8 +166,9 @@ def text_coverage(
 def selection_key(row: Mapping[str, Any]) -> float:
     """Worth of a checkpoint, higher is better: coverage − 2·(C2ST − ½), in [−1, 1]; never a reward.
 
-    Both terms run over [0, 1]. A classifier below chance is noise, so C2ST counts from ½ up. C2ST alone would accept
-    a policy that repeats the commonest human answers; coverage alone one that adds nonsense beside them.
+    Both terms run over [0, 1]. A classifier below chance is noise, so C2ST counts from ½ up. C2ST alone would
+    accept a policy that repeats the commonest human answers; coverage alone one that adds nonsense beside
+    them.
     """
     return float(row["coverage"]) - 2.0 * max(float(row["c2st"]) - 0.5, 0.0)
 
@@ -179,7 +182,7 @@ def _first_rows(prompt_ids: Sequence[str], human: Sequence[str]) -> list[int]:
 
 
 def _answers_to_other_prompts(prompt_ids: Sequence[str], human: Sequence[str], seed: int) -> list[str]:
-    """For each row the human answer of another prompt: prompts in random order, each takes its successor's."""
+    """For each row the answer to another prompt: prompts in random order, each takes its successor's."""
     answers: dict[str, str] = {}
     for name, text in zip(prompt_ids, human, strict=True):
         answers.setdefault(name, text)

@@ -1,7 +1,7 @@
 """Measures of texts that need no model: overlap with the human answer, diversity, length, copying.
 
-Diversity depends on how many texts there are (distinct-n falls, self-BLEU rises with the count): compare only equal
-counts. Texts are expected canonical (one whitespace normalisation on both sides).
+Diversity depends on how many texts there are (distinct-n falls, self-BLEU rises with the count): compare only
+equal counts. Texts are expected canonical (one whitespace normalisation on both sides).
 """
 
 import re
@@ -48,7 +48,10 @@ def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams divided by all n-grams over the whole sample (Li et al. 2016), 0 when there are none."""
+    """Different n-grams divided by all n-grams over the whole sample (Li et al.
+
+    2016), 0 when there are none.
+    """
     grams = [gram for text in texts for gram in _ngrams(tokens(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
@@ -56,8 +59,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def self_bleu(texts: Sequence[str], most: int = 100, seed: int = 0) -> float:
     """Mean BLEU of each text against all the others, in [0, 100] (Zhu et al. 2018): high means repetitive.
 
-    At most `most` texts are compared, drawn by `seed` alone, so two samples of equal count lose the same rows.
-    Sentence BLEU with sacrebleu's effective order. Raises ValueError on fewer than two texts.
+    At most `most` texts are compared, drawn by `seed` alone, so two samples of equal count lose the same
+    rows. Sentence BLEU with sacrebleu's effective order. Raises ValueError on fewer than two texts.
     """
     if len(texts) < 2:
         raise ValueError("self-BLEU needs at least two texts")
@@ -65,13 +68,14 @@ def self_bleu(texts: Sequence[str], most: int = 100, seed: int = 0) -> float:
     chosen = [texts[row] for row in rows]
     bleu = BLEU(effective_order=True)
     scores = [
-        bleu.sentence_score(text, chosen[:index] + chosen[index + 1 :]).score for index, text in enumerate(chosen)
+        bleu.sentence_score(text, chosen[:index] + chosen[index + 1 :]).score
+        for index, text in enumerate(chosen)
     ]
     return float(np.mean(scores))
 
 
 def lengths(texts: Sequence[str]) -> dict[str, float]:
-    """Length in whitespace-separated words: mean, 10th, 50th and 90th percentile; and the share of empty texts."""
+    """Length in whitespace-separated words (mean and percentiles), and the share of empty texts."""
     words = np.array([len(text.split()) for text in texts])
     p10, p50, p90 = np.quantile(words, [0.1, 0.5, 0.9])
     return {
@@ -90,7 +94,7 @@ def copy_rate(texts: Sequence[str], demonstrations: Sequence[str]) -> float:
 
 
 def copy_ngram_rate(texts: Sequence[str], demonstrations: Sequence[str], n: int = 4) -> float:
-    """Mean share of a text's n-grams that occur in some demonstration; texts shorter than n tokens are left out.
+    """Mean share of a text's n-grams that some demonstration has; texts shorter than n are left out.
 
     0 when no text is long enough. Humans have a natural rate too: read it beside the human row.
     """

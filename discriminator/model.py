@@ -1,0 +1,227 @@
+"""The discriminator: a transformer body and a score head.
+
+A causal body gives one score per response token, read after that token; the last one is the sequence score. Responses
+to one prompt share its computation (packed rows). A bidirectional body reads a whole response at once: its mean-pooled
+score is the sequence score, given to each of the response's tokens, and only the sequence level may use it.
+
+Everything that has weights is used inside `forward`, so that ZeRO-3 can gather it there. The head computes in fp32
+whatever the dtype of the body.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from discriminator.canonical import Canonicaliser, Encoded
+from discriminator.config import DiscriminatorConfig
+from learner.attention import attention_implementation, longest_packable, prepare_mask
+from learner.packing import Group, PackedBatch, make_groups, pack, unpacked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+BodyKind = Literal["causal", "encoder"]
+
+
+class Discriminator(nn.Module):
+    """Scores of a packed batch.
+
+        scores = model(batch)   # [N] fp32, one per response token in the batch's order
+
+    Args:
+        body: returns `last_hidden_state` [R, T, H] for `input_ids` [R, T].
+        hidden: H.
+        kind: "causal" or "encoder".
+        gain: the linear layer's output is multiplied by it.
+        dropout: before the linear layer, in training mode.
+        implementation: attention implementation the body was loaded with.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        *,
+        hidden: int,
+        kind: BodyKind,
+        gain: float = 1.0,
+        dropout: float = 0.0,
+        implementation: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.kind = kind
+        self.gain = gain
+        self.implementation = implementation
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden, 1, dtype=torch.float32)
+        # Near zero: an untrained discriminator takes everything for a coin toss instead of giving random rewards.
+        nn.init.normal_(self.head.weight, std=1.0 / (gain * hidden))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Scores [N] of the batch's response tokens, fp32."""
+        hidden = self._hidden(batch)
+        if self.kind == "causal":
+            states = hidden.flatten(0, 1)[batch.position]
+            return self._score(states)
+        real = (~batch.padding())[..., None].to(torch.float32)
+        pooled = (hidden.float() * real).sum(1) / real.sum(1)
+        return self._score(pooled)[batch.position // batch.shape[1]]
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        if self.kind == "encoder":
+            return self.body(
+                input_ids=batch.input_ids, attention_mask=(~batch.padding()).to(torch.int64)
+            ).last_hidden_state
+        dtype = next(p.dtype for p in self.body.parameters() if p.is_floating_point())
+        if torch.is_autocast_enabled(batch.input_ids.device.type):
+            dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
+        return self.body(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=prepare_mask(batch, self.implementation, dtype),
+            use_cache=False,
+        ).last_hidden_state
+
+    def _score(self, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            # Without scale of their own the states of different bodies and layers would need different head rates.
+            normed = functional.rms_norm(states.float(), states.shape[-1:])
+            # Cast here too: an engine may have moved the whole module to bf16.
+            weight, bias = self.head.weight.float(), self.head.bias.float()
+            return self.gain * functional.linear(self.dropout(normed), weight, bias).squeeze(-1)
+
+
+def body_kind(config: "PreTrainedConfig", requested: Literal["auto", "causal", "encoder"]) -> BodyKind:
+    """The kind of body a model configuration describes.
+
+    Raises:
+        ValueError: an encoder-decoder model, or a kind asked for that the model is not.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.name_or_path}: encoder-decoder models cannot be a discriminator's body")
+    heads = [str(name) for name in getattr(config, "architectures", None) or []]
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in heads) or getattr(
+        config, "is_decoder", False
+    )
+    found: BodyKind = "causal" if causal else "encoder"
+    if requested not in ("auto", found) and heads:
+        raise ValueError(
+            f'{config.name_or_path}: discriminator.body = "{requested}", but {heads[0]} is of kind "{found}"; use "auto"'
+        )
+    return found if requested == "auto" else requested
+
+
+def load_canonicaliser(config: DiscriminatorConfig, model: str) -> Canonicaliser:
+    """Tokenizer and limits of a discriminator on the body `model` (hub name or folder)."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    shape = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    context = min(
+        int(getattr(shape, "max_position_embeddings", None) or 10**9), int(tokenizer.model_max_length)
+    )
+    encoder = body_kind(shape, config.body) == "encoder"
+    return Canonicaliser(tokenizer, config.canonical, context=context, encoder=encoder)
+
+
+def load_discriminator(
+    config: DiscriminatorConfig,
+    model: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    lora: bool = True,
+) -> Discriminator:
+    """A discriminator on the body `model` with a new head; the same seed gives the same head on every rank.
+
+    Args:
+        config: kind, level, dropout, adapters.
+        model: hub name or local folder.
+        device: where it will run; decides the attention implementation. The module is returned on the CPU.
+        dtype: dtype of the body's weights.
+        seed: of the head and the adapters.
+        lora: put the configured adapters on; a scorer loads merged weights and needs none.
+
+    Raises:
+        ValueError: a body that cannot be used at this level, or whose attention cannot share prompts.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    shape = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    kind = body_kind(shape, config.body)
+    if kind == "encoder" and config.level == "token":
+        raise ValueError(
+            f'{model} is bidirectional: discriminator.level = "token" would score prefixes that saw the future'
+        )
+    implementation = attention_implementation(device) if kind == "causal" else "sdpa"
+    body = AutoModel.from_pretrained(
+        model, dtype=dtype, attn_implementation=implementation, trust_remote_code=config.trust_remote_code
+    )
+    if kind == "causal" and config.packing and (limit := longest_packable(body.config, body)) is not None:
+        context = load_canonicaliser(config, model)
+        if context.max_prompt + context.max_response > limit:
+            raise ValueError(
+                f"{model} attends to {limit} tokens only: limit discriminator.canonical.max_prompt_tokens and "
+                "max_response_tokens to that sum, or set discriminator.packing = false"
+            )
+    if getattr(body, "pooler", None) is not None:
+        body.pooler = None  # not used here, and a weight without a gradient upsets ZeRO
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if lora and config.lora.rank > 0:
+            from learner.lora import attach
+
+            body = attach(body, config.lora)
+        return Discriminator(
+            body,
+            hidden=body.config.hidden_size,
+            kind=kind,
+            gain=config.head_gain,
+            dropout=config.dropout,
+            implementation=implementation,
+        )
+
+
+def group_encoded(encoded: Sequence[Encoded]) -> list[Group]:
+    """Groups of equal prompts. Row numbers count the responses, so `PackedBatch.trajectory` indexes `encoded`."""
+    numbers: dict[tuple[int, ...], int] = {}
+    keys = [numbers.setdefault(tuple(e.prompt_ids), len(numbers)) for e in encoded]
+    return make_groups(
+        [np.asarray(e.prompt_ids) for e in encoded], [np.asarray(e.response_ids) for e in encoded], keys
+    )
+
+
+def batches_of(
+    groups: Sequence[Group], kind: BodyKind, *, packing: bool, pack_length: int, micro_batch_tokens: int
+) -> list[PackedBatch]:
+    """Micro-batches for a kind of body: shared prompts for causal ones, single rows for encoders."""
+    if kind == "causal" and packing:
+        return pack(groups, pack_length=pack_length, micro_batch_tokens=micro_batch_tokens)
+    return unpacked(groups, micro_batch_tokens=micro_batch_tokens)
+
+
+def responses_in(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Which response of the batch each token belongs to ([N], counted from 0) and each response's last token ([B])."""
+    change = batch.trajectory[1:] != batch.trajectory[:-1]
+    first = torch.zeros(1, dtype=torch.int64, device=change.device)
+    response = torch.cat([first, change.to(torch.int64).cumsum(0)])
+    last = torch.cat([change.nonzero()[:, 0], first + len(change)])
+    return response, last
+
+
+def collect(
+    batches: Sequence[PackedBatch], scores: Sequence[Tensor], encoded: Sequence[Encoded]
+) -> list[NDArray[np.float32]]:
+    """Scores of batches, each [N], put back into one float32 array per response."""
+    lengths = [len(e.response_ids) for e in encoded]
+    flat = torch.zeros(sum(lengths), dtype=torch.float32)
+    for batch, values in zip(batches, scores, strict=True):
+        batch.to("cpu").scatter(values.detach().float().cpu(), flat)
+    return np.split(flat.numpy(), np.cumsum(lengths)[:-1])

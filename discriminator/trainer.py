@@ -1,0 +1,345 @@
+"""The discriminator's training step: rollouts and demonstrations in, published versions out.
+
+Every rank is given the same whole tables and takes its share of them by a rule that all ranks compute alike. What a
+step draws depends on (seed, step, tables) only, so a resumed run repeats an unbroken one.
+
+    warm_up -> publish (version 0) -> [ evaluate -> update -> publish ] ...
+
+`evaluate` feeds the health gate, which decides how many steps the next `update` makes; with none, `publish` gives the
+old version again.
+"""
+
+import json
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from discriminator.canonical import JUDGED_COLUMNS, Encoded
+from discriminator.config import DiscriminatorConfig
+from discriminator.health import HealthGate, HealthReading, HealthState
+from discriminator.losses import balanced_weights, bce, side_metrics
+from discriminator.model import (
+    Discriminator,
+    batches_of,
+    group_encoded,
+    load_canonicaliser,
+    load_discriminator,
+    responses_in,
+)
+from discriminator.versions import state_checksum
+from learner import lora
+from learner.engine import TrainableModel, resolve_device, resolve_dtype
+from learner.losses import LossOutput
+from learner.packing import Group, PackedBatch, pad_batches, split_for_ranks
+
+log = logging.getLogger(__name__)
+
+WARM_UP_STEP = -1
+CALIBRATION_BINS = 10
+HEALTH_LEVEL = {
+    HealthState.BOOST: -1.0,
+    HealthState.TRAIN: 0.0,
+    HealthState.SLOW: 1.0,
+    HealthState.PAUSED: 2.0,
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version as it leaves the trainer: CPU tensors by plain name, adapters merged."""
+
+    version: int
+    state: dict[str, Tensor]
+    checksum: str
+
+
+class DiscriminatorTrainer:
+    """The discriminator, its optimizer and its health gate, on one rank.
+
+    Tables are Arrow tables with `JUDGED_COLUMNS`; demonstrations come from `prepare_demonstrations`.
+
+    Args:
+        config: the discriminator's configuration.
+        model: hub name or folder of the body.
+        model_dtype: dtype that `compute_dtype = "auto"` follows.
+        seed: of the head, of what is drawn and of dropout.
+    """
+
+    version: int
+    """Version of the last `publish`; -1 before the first."""
+
+    def __init__(
+        self, config: DiscriminatorConfig, model: str, *, model_dtype: str = "bfloat16", seed: int = 0
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.version = -1
+        self.gate = HealthGate(config.health, steps=config.steps_per_policy_step)
+        self.canonical = load_canonicaliser(config, model)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.compute_dtype, model_dtype, device)
+        module = load_discriminator(config, model, device=str(device), dtype=dtype, seed=seed)
+        self.kind = module.kind
+        if config.gradient_checkpointing:
+            module.body.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.trainable = TrainableModel(module, config, dtype=dtype)
+        self._published_updates = -1
+
+    @property
+    def module(self) -> Discriminator:
+        """The module in training; sharded under ZeRO-3."""
+        return self.trainable.module  # type: ignore[return-value]
+
+    def warm_up(
+        self, rollouts: pa.Table, demonstrations: pa.Table, heldout: pa.Table, heldout_rollouts: pa.Table
+    ) -> dict[str, float]:
+        """Train until held-out accuracy reaches `warmup_accuracy` or `warmup_max_steps` are done.
+
+        Args:
+            rollouts: of the untrained policy, on training prompts.
+            demonstrations: training demonstrations.
+            heldout: held-out demonstrations.
+            heldout_rollouts: rollouts that the warm-up does not train on.
+
+        Returns:
+            The last evaluation, with `steps`.
+
+        Raises:
+            ValueError: a table is empty or lacks a column.
+        """
+        done = 0
+        metrics = self._evaluate(heldout, heldout_rollouts)
+        plan = self._plan(rollouts, self.config.warmup_max_steps, WARM_UP_STEP)
+        while done < self.config.warmup_max_steps and metrics["accuracy"] < self.config.warmup_accuracy:
+            for rows in plan[done : done + self.config.warmup_eval_every]:
+                self._train(rollouts.take(rows), demonstrations, WARM_UP_STEP, done)
+                done += 1
+            metrics = self._evaluate(heldout, heldout_rollouts)
+        if metrics["accuracy"] < self.config.warmup_accuracy:
+            log.warning(
+                "discriminator warm-up ended after %d steps at held-out accuracy %.3f, short of %.3f",
+                done,
+                metrics["accuracy"],
+                self.config.warmup_accuracy,
+            )
+        return metrics | {"steps": float(done)}
+
+    def update(self, rollouts: pa.Table, demonstrations: pa.Table, step: int) -> dict[str, float]:
+        """The discriminator's steps that go with one policy step: as many as the health gate allows.
+
+        Args:
+            rollouts: what the steps draw from, in whole prompt groups: fresh rollouts, with replay mixed in.
+            demonstrations: all training demonstrations.
+            step: the policy step; the draw depends on it.
+
+        Returns:
+            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; `steps` and `health` (-1
+            boost, 0 train, 1 slow, 2 paused). Only the last two when there was no step.
+        """
+        allowed = self.gate.allowed_steps()
+        history = [
+            self._train(rollouts.take(rows), demonstrations, step, number)
+            for number, rows in enumerate(self._plan(rollouts, allowed, step))
+        ]
+        means = {name: float(np.mean([h[name] for h in history])) for name in history[0]} if history else {}
+        return means | {"steps": float(len(history)), "health": HEALTH_LEVEL[self.gate.state]}
+
+    def evaluate(self, heldout: pa.Table, rollouts: pa.Table, step: int) -> dict[str, float]:
+        """Judge held-out demonstrations against fresh rollouts, and tell the health gate.
+
+        Returns:
+            accuracy (balanced), accuracy_demonstration, accuracy_rollout, score_demonstration, score_rollout, margin,
+            saturation, and calibration: the expected calibration error of D over ten equal bins (Guo et al. 2017,
+            eq. 3) with both sides weighing half.
+        """
+        metrics = self._evaluate(heldout, rollouts)
+        reading = HealthReading(metrics["accuracy"], metrics["margin"], metrics["saturation"])
+        if (change := self.gate.observe(step, reading)) is not None:
+            log.info(
+                "discriminator: %s -> %s at step %d: %s", change.before, change.after, step, change.reason
+            )
+        return metrics
+
+    def scores(self, table: pa.Table) -> list[float]:
+        """Sequence score of every row under the weights in training; the same on every rank."""
+        return self._sequence_scores(self.canonical.encode_table(table)).tolist()
+
+    def publish(self) -> Published | None:
+        """The current weights as a version; collective. Rank 0 gets it, the others None.
+
+        The version number grows by one when there were updates since the last call, and stays otherwise.
+        """
+        if self.trainable.updates != self._published_updates:
+            self.version += 1
+            self._published_updates = self.trainable.updates
+        state: dict[str, Tensor] = {}
+        layers = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(self.module)}
+        for name, parameter in self.module.named_parameters():
+            plain = lora.merged_name(name)
+            if plain is None:
+                continue
+            layer = layers.get(name)
+            with self.trainable.gathered([parameter] if layer is None else layer.parameters()):
+                if self.trainable.rank == 0:
+                    whole = parameter.detach() if layer is None else lora.merged_weight(layer)
+                    state[plain] = whole.to("cpu", copy=True).contiguous()
+        if self.trainable.rank != 0:
+            return None
+        return Published(self.version, state, state_checksum(state))
+
+    def save(self, folder: Path | str) -> None:
+        """Write everything needed to continue exactly; all ranks together."""
+        folder = Path(folder)
+        self.trainable.save(folder)
+        if self.trainable.rank == 0:
+            state = {
+                "version": self.version,
+                "published_updates": self._published_updates,
+                "gate": self.gate.state_dict(),
+            }
+            (folder / "discriminator.json").write_text(json.dumps(state))
+        torch.distributed.barrier()
+
+    def load(self, folder: Path | str) -> None:
+        """Continue from `save`; all ranks together."""
+        folder = Path(folder)
+        state = json.loads((folder / "discriminator.json").read_text())
+        self.trainable.load(folder)
+        self.version = state["version"]
+        self._published_updates = state["published_updates"]
+        self.gate.load_state_dict(state["gate"])
+
+    def _train(
+        self, rollouts: pa.Table, demonstrations: pa.Table, step: int, number: int
+    ) -> dict[str, float]:
+        """One optimizer update on these rollouts and demonstrations drawn for them."""
+        rng = np.random.default_rng([self.seed, step + 1, number, 1])
+        chosen = demonstrations.take(self._draw_demonstrations(rollouts, demonstrations, rng))
+        encoded = self._encode(chosen) + self._encode(rollouts)
+        is_demonstration = torch.arange(len(encoded)) < chosen.num_rows
+        weight = balanced_weights(is_demonstration).to(self.trainable.device)
+        is_demonstration = is_demonstration.to(self.trainable.device)
+
+        def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
+            response, last = responses_in(batch)
+            rows = batch.trajectory[last]
+            return bce(
+                module(batch),
+                response,
+                last,
+                is_demonstration[rows],
+                weight[rows] * batch.weight[last],
+                level=self.config.level,
+                label_smoothing=self.config.label_smoothing,
+            )
+
+        # Dropout draws from the global generator: seeded by the step, a resumed run draws the same.
+        torch.manual_seed(int(rng.integers(2**31)) + self.trainable.rank)
+        batches = [batch.to(self.trainable.device) for batch in self._batches(group_encoded(encoded))]
+        return self.trainable.step(batches, loss)
+
+    def _plan(self, rollouts: pa.Table, steps: int, step: int) -> list[NDArray[np.int64]]:
+        """Rows of each step's rollouts: whole passes in shuffled order of prompts, so that batches share prefixes and
+        every rollout is used about equally often."""
+        if steps == 0:
+            return []
+        if rollouts.num_rows == 0:
+            raise ValueError(f"step {step}: the discriminator was given no rollouts")
+        rng = np.random.default_rng([self.seed, step + 1, 0])
+        by_prompt: dict[str, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(rollouts["prompt_id"].to_pylist()):
+            by_prompt[prompt].append(row)
+        groups = [np.array(rows) for rows in by_prompt.values()]
+        size = min(self.config.batch_size, rollouts.num_rows)
+        plan: list[NDArray[np.int64]] = []
+        while len(plan) < steps:
+            order = np.concatenate([groups[i] for i in rng.permutation(len(groups))])
+            plan += [order[begin : begin + size] for begin in range(0, len(order) - size + 1, size)]
+        return plan[:steps]
+
+    def _draw_demonstrations(
+        self, rollouts: pa.Table, demonstrations: pa.Table, rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Rows of the demonstrations of a step: those of the rollouts' prompts (paired), others where they are few."""
+        total = demonstrations.num_rows
+        if total == 0:
+            raise ValueError("the discriminator was given no demonstrations")
+        order = rng.permutation(total)
+        if not self.config.pair_demonstrations:
+            return np.sort(order[: rollouts.num_rows])
+        prompts = set(rollouts["prompt_id"].to_pylist())
+        ids = demonstrations["prompt_id"].to_pylist()
+        paired = [row for row in order if ids[row] in prompts][: rollouts.num_rows]
+        missing = max(0, self.config.min_demonstrations - len(paired))
+        others = [row for row in order if ids[row] not in prompts][:missing]
+        return np.sort(np.array(paired + others, dtype=np.int64))
+
+    def _encode(self, table: pa.Table) -> list[Encoded]:
+        missing = [name for name in JUDGED_COLUMNS if name not in table.column_names]
+        if missing:
+            raise ValueError(f"a table for the discriminator lacks the columns {missing}")
+        return self.canonical.encode_table(table)
+
+    def _batches(self, groups: list[Group]) -> list[PackedBatch]:
+        """This rank's micro-batches, as many as on every other rank."""
+        config = self.config
+        packed = [
+            batches_of(
+                share,
+                self.kind,
+                packing=config.packing,
+                pack_length=config.pack_length,
+                micro_batch_tokens=config.micro_batch_tokens,
+            )
+            for share in split_for_ranks(groups, self.trainable.ranks)
+        ]
+        return pad_batches(packed[self.trainable.rank], max(len(p) for p in packed))
+
+    def _evaluate(self, heldout: pa.Table, rollouts: pa.Table) -> dict[str, float]:
+        demonstrations, samples = self._some(heldout), self._some(rollouts)
+        encoded = self._encode(demonstrations) + self._encode(samples)
+        is_demonstration = torch.arange(len(encoded)) < demonstrations.num_rows
+        weight = balanced_weights(is_demonstration)
+        sequence = self._sequence_scores(encoded)
+        metrics = {name: float(v) for name, v in side_metrics(sequence, is_demonstration, weight).items()}
+        return metrics | {"calibration": calibration_error(sequence, is_demonstration, weight)}
+
+    def _some(self, table: pa.Table) -> pa.Table:
+        """At most `heldout_size` rows, the same ones every time."""
+        order = np.random.default_rng(self.seed).permutation(table.num_rows)[: self.config.heldout_size]
+        return table.take(np.sort(order))
+
+    @torch.no_grad()
+    def _sequence_scores(self, encoded: list[Encoded]) -> Tensor:
+        """[len(encoded)] fp32 on the CPU, gathered from all ranks."""
+        out = torch.zeros(len(encoded), device=self.trainable.device)
+        self.trainable.engine.eval()
+        for batch in self._batches(group_encoded(encoded)):
+            moved = batch.to(self.trainable.device)
+            values = self.trainable.engine(moved)
+            _, last = responses_in(moved)
+            real = moved.weight[last] > 0
+            out[moved.trajectory[last][real]] = values[last][real]
+        torch.distributed.all_reduce(out)
+        return out.cpu()
+
+
+def calibration_error(sequence: Tensor, is_demonstration: Tensor, weight: Tensor) -> float:
+    """Expected calibration error: sum over equal bins of D of |weight of demonstrations - weight times D|.
+
+    Args:
+        sequence: [R] sequence scores.
+        is_demonstration: [R] bool.
+        weight: [R], adding up to 1.
+    """
+    probability = torch.sigmoid(sequence.double())
+    bins = (probability * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gap = weight.double() * (is_demonstration.double() - probability)
+    return float(torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, gap).abs().sum())

@@ -1,0 +1,258 @@
+"""Data-parallel training of one module with DeepSpeed ZeRO, so that any split of a step gives the same update.
+
+A step is any number of micro-batches on any number of ranks, as many on each. The loss function weighs each item with
+its share of the whole step; losses of micro-batches and ranks then simply add up, and the result equals one unsplit batch
+on one rank. Two habits of DeepSpeed are undone for that: its fixed division by an accumulation number
+(`managed_gradient_accumulation = false`: we call `step`) and its mean over ranks (losses are scaled by their number).
+
+    model = TrainableModel(module, cfg, dtype=torch.float32)
+    metrics = model.step(micro_batches, lambda module, batch: LossOutput(...))
+
+Every rank must call `step`, `save`, `load` and `gathered` together, and run the same number of forward passes.
+"""
+
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from learner.config import OptimizerConfig
+from learner.losses import LossOutput
+
+log = logging.getLogger(__name__)
+Batch = TypeVar("Batch")
+ParamGroups = list[dict[str, Any]]
+
+
+def resolve_device(choice: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU. Raises ValueError when CUDA is asked for and absent."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device = "cuda", but this process sees no GPU; set device = "cpu" or give the rank a GPU')
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def resolve_dtype(compute_dtype: str, model_dtype: str, device: torch.device) -> torch.dtype:
+    """Dtype of the arithmetic: as configured, or with `auto` the model's, but fp32 on CPUs without AVX-512.
+
+    There, bfloat16 matrix products have no vector kernels and run 7 to 70 times slower than fp32 ones.
+    """
+    name = model_dtype if compute_dtype == "auto" else compute_dtype
+    slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    if compute_dtype == "auto" and name == "bfloat16" and slow:
+        log.info("computing in float32: this CPU has no AVX-512, bfloat16 would be many times slower")
+        name = "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def ensure_process_group(device: torch.device, timeout_s: float = 1800.0) -> None:
+    """Use the process group that a launcher made, or make one of a single rank."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if torch.distributed.is_initialized():
+        return
+    torch.distributed.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.HashStore(),
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def default_param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
+    """Trainable parameters in two groups: matrices with weight decay, vectors (norms, biases) without."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim >= 2]
+    vectors = [p for p in trainable if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def schedule_factor(cfg: OptimizerConfig, update: int) -> float:
+    """Learning-rate factor of optimizer update number `update` (from 0): linear warm-up, then the configured shape."""
+    if update < cfg.warmup_steps:
+        return (update + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return 1.0
+    if cfg.schedule_steps is None:
+        raise ValueError(f'lr_schedule = "{cfg.lr_schedule}" needs schedule_steps, the number of updates until it ends')
+    done = min(1.0, (update - cfg.warmup_steps) / max(1, cfg.schedule_steps - cfg.warmup_steps))
+    return 1.0 - done if cfg.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class TrainableModel:
+    """A module, its fp32 masters, AdamW and the learning-rate schedule, sharded by ZeRO.
+
+    `param_groups` are AdamW's (a group may bring its own `lr`); None: `default_param_groups`.
+    """
+
+    updates: int
+    """Optimizer updates done."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cfg: OptimizerConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        param_groups: ParamGroups | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.dtype = dtype
+        self.device = resolve_device(cfg.device)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        ensure_process_group(self.device, cfg.step_timeout_s)
+        deepspeed = _import_deepspeed(self.device)
+        groups = param_groups or default_param_groups(module, cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True)
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module.to(self.device, dtype), optimizer=optimizer, config=self._deepspeed_config()
+        )
+        self.updates = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module. Under ZeRO-3 its parameters are shards: read them inside `gathered`."""
+        return self.engine.module
+
+    @property
+    def rank(self) -> int:
+        return torch.distributed.get_rank()
+
+    @property
+    def ranks(self) -> int:
+        return torch.distributed.get_world_size()
+
+    def step(
+        self, micro_batches: Sequence[Batch], loss_fn: Callable[[nn.Module, Batch], LossOutput]
+    ) -> dict[str, float]:
+        """One optimizer update from this rank's micro-batches. Returns sums and maxima over all of the step's micro-batches
+        and ranks, `grad_norm` (before clipping) and `lr`.
+
+        Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any more.
+        """
+        self.engine.train()
+        factor = schedule_factor(self.cfg, self.updates)
+        for group, peak in zip(self.engine.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        sums: dict[str, torch.Tensor] = {}
+        maxima: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            out = loss_fn(self.engine, batch)
+            self.engine.backward(out.loss * self.ranks)
+            for name, value in out.sums.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            for name, value in out.maxima.items():
+                value = value.detach().double()
+                maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+        self.engine.step()
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"update {self.updates}: gradient norm is {grad_norm}")
+        self.updates += 1
+        metrics = self.reduce(sums, "sum") | self.reduce(maxima, "max")
+        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor}
+
+    def reduce(self, values: dict[str, torch.Tensor], how: str) -> dict[str, float]:
+        """Sum or maximum of scalars over the ranks, which must bring the same names."""
+        if not values:
+            return {}
+        names = sorted(values)
+        stacked = torch.stack([values[name].to(self.device, torch.float64) for name in names])
+        op = torch.distributed.ReduceOp.SUM if how == "sum" else torch.distributed.ReduceOp.MAX
+        torch.distributed.all_reduce(stacked, op=op)
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+    @contextmanager
+    def gathered(self, params: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+        """Whole weights of `params` (None: all) on every rank inside this block, whatever the ZeRO stage. Read-only."""
+        chosen = list(self.module.parameters() if params is None else params)
+        if self.cfg.zero_stage < 3:
+            yield
+            return
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(chosen, modifier_rank=None):
+            yield
+
+    def save(self, folder: Path | str) -> None:
+        """Write everything that the next update depends on: weights, masters, optimizer, update count, RNG states."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine.save_checkpoint(str(folder), tag="engine", client_state={"updates": self.updates})
+        torch.save(rng_state(), folder / f"rng-{self.rank}.pt")
+        torch.distributed.barrier()
+
+    def load(self, folder: Path | str) -> None:
+        """Continue exactly where `save` left off, on as many ranks and with the same ZeRO stage.
+
+        Raises FileNotFoundError for an incomplete folder.
+        """
+        folder = Path(folder)
+        path, client = self.engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise FileNotFoundError(f"{folder} holds no engine state for rank {self.rank} of {self.ranks}")
+        self.updates = client["updates"]
+        set_rng_state(torch.load(folder / f"rng-{self.rank}.pt", weights_only=False))
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        cfg = self.cfg
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": cfg.grad_clip,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            # Gradients of micro-batches are added and reduced in fp32, or bf16 rounding would depend on the split.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "zero_optimization": {"stage": cfg.zero_stage, "overlap_comm": False},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+
+
+def rng_state() -> dict[str, Any]:
+    """States of Python's, numpy's and torch's generators."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        # Read once, when DeepSpeed is first imported.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    log.info("loading DeepSpeed (the first use on a machine compiles its communication kernel, about a minute)")
+    began = time.monotonic()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    log.info("DeepSpeed %s is ready after %.0f s", deepspeed.__version__, time.monotonic() - began)
+    return deepspeed

@@ -1,0 +1,102 @@
+"""The learner's parameters as a stream for the weight wire, whole whatever the ZeRO stage, each behind its checksum."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+from rollout.wire import CHECKSUM_BYTES, CHECKSUM_PREFIX, checksum
+
+MIB = 1 << 20
+
+
+class ModuleWeights(WeightSource):
+    """The parameters of a causal LM, each preceded by its checksum, whole whatever the ZeRO stage.
+
+    module: an HF module; parameters may be plain, ZeRO-1/2 (whole on each rank) or ZeRO-3 (gathered a bucket at a time).
+    dtype: floating-point parameters are cast to it (the rollout workers' dtype); None keeps theirs.
+    rename: parameter name -> name in an HF checkpoint, or None to leave it out (adapter weights).
+    merge: context manager entered around each pass, on every rank, that merges LoRA weights and takes them out again.
+    Tied parameters appear once, under the first of their names; vLLM ties them itself.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        gather_bytes: int = 64 * MIB,
+        rename: Callable[[str], str | None] = lambda name: name,
+        merge: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.sends = True
+        self.gather_s = 0.0
+        self.checksum_s = 0.0
+        self._dtype = dtype
+        self._gather_bytes = gather_bytes
+        self._merge = merge
+        self._parameters = [
+            (renamed, parameter)
+            for name, parameter in module.named_parameters()
+            if (renamed := rename(name)) is not None
+        ]
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names, dtypes and whole shapes in wire order, checksums (uint8 [8]) included; gathers nothing."""
+        metas: list[ParamMeta] = []
+        for name, parameter in self._parameters:
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            metas.append(ParamMeta(CHECKSUM_PREFIX + name, torch.uint8, (CHECKSUM_BYTES,)))
+            metas.append(ParamMeta(name, self._wire_dtype(parameter), shape))
+        return metas
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """One pass. A rank with `sends` off only takes part in the gathers and yields nothing.
+
+        A pass must be run to its end: its gathers are collectives.
+        """
+        self.gather_s = self.checksum_s = 0.0
+        with self._merge(), torch.no_grad():
+            for bucket in self._gather_buckets():
+                yield from self._send_bucket(bucket)
+
+    def _send_bucket(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+        started = time.perf_counter()
+        with self._gathered([parameter for _, parameter in bucket]):
+            self.gather_s += time.perf_counter() - started
+            for name, parameter in bucket if self.sends else ():
+                tensor = parameter.detach().to(self._wire_dtype(parameter))
+                started = time.perf_counter()
+                value = checksum(tensor)
+                self.checksum_s += time.perf_counter() - started
+                yield CHECKSUM_PREFIX + name, value
+                yield name, tensor
+
+    def _gather_buckets(self) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        used = 0
+        for name, parameter in self._parameters:
+            # A partitioned parameter's own numel is 0.
+            size = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            if bucket and used + size > self._gather_bytes:
+                yield bucket
+                bucket, used = [], 0
+            bucket.append((name, parameter))
+            used += size
+        if bucket:
+            yield bucket
+
+    @staticmethod
+    def _gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        if not partitioned:
+            return nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(partitioned, modifier_rank=None)
+
+    def _wire_dtype(self, parameter: torch.nn.Parameter) -> torch.dtype:
+        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype

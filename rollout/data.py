@@ -1,0 +1,207 @@
+"""Demonstrations and prompts: from files to four splits that share no prompt.
+
+A row goes through three stages, a batch at a time, so that a file of millions of rows never becomes a list of
+Python objects: `rollout.readers` turns JSONL, Parquet or an Arrow folder into checked rows, the renderer
+(`rollout.templates`) turns the prompt into the text the policy sees, and this module names the prompt by a
+hash of that text and assigns the split from a hash of (split_seed, prompt_id). The split of a prompt
+therefore depends on nothing but its own text and the seed: not on the order, the size or the format of the
+file, and all demonstrations of a prompt stay together.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rollout.config import DataConfig
+from rollout.readers import DataError, ReadReport, Row, read_batches
+
+__all__ = [
+    "DEMONSTRATION_SCHEMA",
+    "PROMPT_SCHEMA",
+    "SPLITS",
+    "DataError",
+    "DataSplits",
+    "PromptRenderer",
+    "ReadReport",
+    "load_data",
+    "prompt_id",
+    "read_demonstrations",
+    "read_prompts",
+    "require_at_least",
+    "split_of",
+]
+
+PROMPT_SCHEMA = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string()), ("prompt_text", pa.string())])
+DEMONSTRATION_SCHEMA = PROMPT_SCHEMA.append(pa.field("response", pa.string()))
+SPLITS = ("train", "heldout", "selection", "test")
+
+
+class PromptRenderer(Protocol):
+    """What this module needs from `rollout.templates.Renderer`."""
+
+    def render(self, prompt: str) -> str:
+        """Text of a prompt (plain text, or chat messages as JSON) as the policy sees it."""
+        ...
+
+    def check_lengths(self, texts: list[str]) -> list[str | None]:
+        """For every text None, or why it cannot be used as a prompt."""
+        ...
+
+
+@dataclass
+class DataSplits:
+    """The four splits (DEMONSTRATION_SCHEMA), the prompts without demonstrations (PROMPT_SCHEMA), and what
+    was skipped.
+    """
+
+    train: pa.Table
+    heldout: pa.Table
+    selection: pa.Table
+    test: pa.Table
+    extra_prompts: pa.Table
+    reports: list[ReadReport] = field(default_factory=list)
+
+    def rollout_prompts(self) -> pa.Table:
+        """Distinct prompts (PROMPT_SCHEMA) the policy may be trained on, sorted by prompt_id."""
+        both = pa.concat_tables([self.train.select(PROMPT_SCHEMA.names), self.extra_prompts])
+        return _first_of_each_prompt(both).sort_by("prompt_id")
+
+
+def prompt_id(prompt_text: str) -> str:
+    """16 hexadecimal digits of BLAKE2b over the rendered prompt; the same text has the same id everywhere."""
+    return hashlib.blake2b(prompt_text.encode(), digest_size=8).hexdigest()
+
+
+def split_of(identifier: str, data: DataConfig) -> str:
+    """Split of a prompt: thresholds on a uniform number in [0, 1) hashed from (split_seed, prompt_id)."""
+    digest = hashlib.blake2b(f"{data.split_seed}:{identifier}".encode(), digest_size=8).digest()
+    uniform = int.from_bytes(digest, "big") / 2**64
+    for name in ("heldout", "selection", "test"):
+        uniform -= getattr(data, f"{name}_fraction")
+        if uniform < 0:
+            return name
+    return "train"
+
+
+def read_demonstrations(
+    path: str | Path, data: DataConfig, renderer: PromptRenderer
+) -> tuple[pa.Table, ReadReport]:
+    """All demonstrations of a file or folder in file order (DEMONSTRATION_SCHEMA), and what was skipped.
+
+    Raises DataError naming file and row for the first bad row (data.on_error = "stop"), for a file that
+    cannot be read, and when no usable row is left.
+    """
+    return _read(Path(path), data, renderer, with_responses=True)
+
+
+def read_prompts(path: str | Path, data: DataConfig, renderer: PromptRenderer) -> tuple[pa.Table, ReadReport]:
+    """The distinct prompts of a prompts-only file or folder (PROMPT_SCHEMA). Raises like
+    `read_demonstrations`.
+    """
+    table, report = _read(Path(path), data, renderer, with_responses=False)
+    return _first_of_each_prompt(table), report
+
+
+def load_data(data: DataConfig, renderer: PromptRenderer) -> DataSplits:
+    """Read `data.demonstrations` and `data.prompts` and split them.
+
+    A prompt of the prompts-only file that is also in an evaluation split is left out of the rollouts and
+    counted, so the policy never practises on a prompt it is judged by.
+    """
+    if not data.demonstrations:
+        raise DataError("data.demonstrations is not set: name a JSONL or Parquet file or a dataset folder")
+    table, report = read_demonstrations(data.demonstrations, data, renderer)
+    distinct = pc.unique(table["prompt_id"]).to_pylist()
+    split = {identifier: split_of(identifier, data) for identifier in distinct}
+    members = {
+        name: table.filter(
+            pc.is_in(table["prompt_id"], pa.array([i for i in distinct if split[i] == name], pa.string()))
+        )
+        for name in SPLITS
+    }
+    reports = [report]
+    extra = PROMPT_SCHEMA.empty_table()
+    if data.prompts:
+        extra, report = read_prompts(data.prompts, data, renderer)
+        judged = pc.is_in(
+            extra["prompt_id"], pa.array([i for i in distinct if split[i] != "train"], pa.string())
+        )
+        if leaked := pc.sum(judged).as_py() or 0:
+            report.skip(leaked, "prompt belongs to an evaluation split of the demonstrations")
+        extra = extra.filter(pc.invert(judged))
+        reports.append(report)
+    if data.max_demonstrations is not None:
+        members["train"] = _at_most(members["train"], data.max_demonstrations)
+    return DataSplits(**members, extra_prompts=extra, reports=reports)
+
+
+def require_at_least(table: pa.Table, rows: int, what: str, fix: str) -> None:
+    """Raise DataError unless `table` has `rows` rows: "<what>: 12 rows, at least 64 needed; <fix>"."""
+    if table.num_rows < rows:
+        raise DataError(f"{what}: {table.num_rows} rows, at least {rows} needed; {fix}")
+
+
+def _read(
+    path: Path, data: DataConfig, renderer: PromptRenderer, with_responses: bool
+) -> tuple[pa.Table, ReadReport]:
+    report = ReadReport(str(path), stop=data.on_error == "stop")
+    schema = DEMONSTRATION_SCHEMA if with_responses else PROMPT_SCHEMA
+    response_column = data.response_column if with_responses else None
+    batches = [
+        pa.RecordBatch.from_pydict(columns, schema=schema)
+        for rows in read_batches(path, data.prompt_column, response_column, data.prompt_format, report)
+        for columns in _rendered(rows, renderer, report, with_responses)
+    ]
+    table = pa.Table.from_batches(batches, schema=schema)
+    if table.num_rows == 0:
+        raise DataError(f"{path}: no usable row{report.examples_text()}")
+    return table, report
+
+
+def _rendered(
+    rows: list[Row], renderer: PromptRenderer, report: ReadReport, with_responses: bool
+) -> Iterator[dict[str, list[str]]]:
+    """The columns of the rows whose prompt can be rendered and is short enough (at most one batch)."""
+    rendered: list[tuple[Row, str]] = []
+    for row in rows:
+        try:
+            rendered.append((row, renderer.render(row.prompt)))
+        except DataError as error:
+            report.bad_row(row.where, str(error), "prompt refused by the chat template")
+    complaints = renderer.check_lengths([text for _, text in rendered])
+    columns: dict[str, list[str]] = {name: [] for name in ("prompt_id", "prompt", "prompt_text")}
+    if with_responses:
+        columns["response"] = []
+    for (row, text), complaint in zip(rendered, complaints, strict=True):
+        if complaint is not None:
+            report.bad_row(row.where, complaint)
+            continue
+        columns["prompt_id"].append(prompt_id(text))
+        columns["prompt"].append(row.prompt)
+        columns["prompt_text"].append(text)
+        if with_responses:
+            columns["response"].append(row.response)
+        report.kept += 1
+    if columns["prompt_id"]:
+        yield columns
+
+
+def _first_of_each_prompt(table: pa.Table) -> pa.Table:
+    row = pa.array(range(table.num_rows), pa.int64())
+    first = (
+        pa.table({"prompt_id": table["prompt_id"], "row": row})
+        .group_by("prompt_id")
+        .aggregate([("row", "min")])
+    )
+    return table.filter(pc.is_in(row, first["row_min"].combine_chunks()))
+
+
+def _at_most(table: pa.Table, rows: int) -> pa.Table:
+    """The `rows` rows with the smallest prompt ids: a random subset, nested in larger ones, in file order."""
+    keep = pc.sort_indices(table["prompt_id"])[:rows]
+    return table.filter(pc.is_in(pa.array(range(table.num_rows), pa.uint64()), keep))

@@ -1,0 +1,214 @@
+"""Prompts as the policy sees them: text, token ids, and the token that ends a response.
+
+Rendered text is the only form of a prompt that travels further, and `Renderer.encode` the only way from it to
+ids: chat text brings its own special tokens and gets no others; plain text gets exactly the prefix (usually
+BOS, often nothing) that the tokenizer itself puts before a text, and never a suffix, since the response
+continues the prompt.
+
+Everything here runs before any model weights are read, so a wrong name, a missing chat template, a tokenizer
+without EOS or a prompt budget beyond the model's context stops the run early.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from rollout.config import DataConfig, PolicyConfig, SamplingConfig
+from rollout.hub import hub_problem
+from rollout.readers import DataError
+
+_LONGEST_SANE_CONTEXT = 10**9  # tokenizers without a limit report 1e30
+
+
+def load_tokenizer(policy: PolicyConfig) -> Any:
+    """Tokenizer of `policy.model`, from a local folder or the hub. Raises DataError when there is none."""
+    from transformers import AutoTokenizer  # seconds to import; configuration errors come first
+
+    if not policy.model:
+        raise DataError("policy.model is not set: name a local model folder or a hub model")
+    folder = Path(policy.model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"policy.model = {policy.model!r}: the folder holds no config.json, so it is no model"
+        )
+    if not folder.is_dir() and (policy.model.startswith((".", "/", "~")) or policy.model.count("/") > 1):
+        raise DataError(
+            f"policy.model = {policy.model!r}: no such folder; `rlgaf assets` fetches the models of "
+            "the examples"
+        )
+    problem = None if folder.is_dir() else hub_problem(policy.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if folder.is_dir() else policy.model,
+            trust_remote_code=policy.trust_remote_code,
+            local_files_only=problem is not None,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = problem or (str(error).splitlines() or [""])[0]
+        where = "" if folder.is_dir() else "it is no local folder, is not cached, and the hub gives "
+        raise DataError(
+            f"policy.model = {policy.model!r}: no tokenizer could be loaded ({where}{first_line}); "
+            "check the name "
+            "and the connection, or run `rlgaf assets`, which fetches the models of the examples"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"policy.model = {policy.model!r}: has no fast tokenizer (tokenizer.json), which rlgaf needs"
+        )
+    return tokenizer
+
+
+def end_of_response_id(tokenizer: Any, policy: PolicyConfig) -> int:
+    """Id of the token that ends a response: the EOS, or the one token spelled `policy.end_of_response`."""
+    if not policy.end_of_response:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"the tokenizer of {policy.model!r} has no EOS token; set policy.end_of_response to a "
+                "token that ends "
+                'a response, e.g. "\\n"'
+            )
+        return int(tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_added_vocab()
+    if policy.end_of_response in vocabulary:
+        return int(vocabulary[policy.end_of_response])
+    ids = tokenizer(policy.end_of_response, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or tokenizer.decode(ids) != policy.end_of_response:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        singles = [t for t in ("\n", "\n\n") if len(tokenizer(t, add_special_tokens=False)["input_ids"]) == 1]
+        usable = [repr(t) for t in (tokenizer.eos_token, *singles) if t is not None]
+        raise DataError(
+            f"policy.end_of_response = {policy.end_of_response!r} is {len(ids)} tokens ({pieces}) for the "
+            f"tokenizer of {policy.model!r}; it must be exactly one"
+            + (f", such as {' or '.join(usable)}" if usable else "")
+        )
+    return int(ids[0])
+
+
+def check_model(policy: PolicyConfig, data: DataConfig, sampling: SamplingConfig, tokenizer: Any) -> None:
+    """Check the model's configuration, not its weights: causal, vocabulary covers the tokenizer, context is
+    enough.
+
+    Raises DataError.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(
+        policy.model,
+        trust_remote_code=policy.trust_remote_code,
+        local_files_only=not Path(policy.model).is_dir() and hub_problem(policy.model) is not None,
+    ).get_text_config()
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not policy.trust_remote_code:
+        raise DataError(
+            f"policy.model = {policy.model!r}: {config.model_type!r} is not a causal language model"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"policy.model = {policy.model!r}: vocabulary mismatch: the tokenizer has "
+            f"{len(tokenizer)} tokens, "
+            f"the model {config.vocab_size}"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    longest = data.max_prompt_tokens + sampling.max_tokens
+    if context and context < _LONGEST_SANE_CONTEXT and longest > context:
+        raise DataError(
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest} is more than the context of "
+            f"{policy.model!r} "
+            f"({context}); lower data.max_prompt_tokens to at most {context - sampling.max_tokens}"
+        )
+
+
+class Renderer:
+    """Prompt → text → ids for one tokenizer.
+
+    >>> renderer = Renderer(load_tokenizer(policy), data, policy)
+    >>> ids = renderer.encode(renderer.render("Once upon a time"))
+
+    `render` takes the `prompt` column of DEMONSTRATION_SCHEMA: the text itself (format "text"), or JSON of a
+    string or of a list of messages (format "chat").
+    """
+
+    def __init__(self, tokenizer: Any, data: DataConfig, policy: PolicyConfig) -> None:
+        """Raises DataError when the template, the chat template or the end token cannot be used."""
+        self.tokenizer = tokenizer
+        self.end_id = end_of_response_id(tokenizer, policy)
+        self._data = data
+        self._model = policy.model
+        self._check_template()
+        if data.prompt_format == "chat" and not tokenizer.chat_template:
+            raise DataError(
+                f'data.prompt_format = "chat", but the tokenizer of {policy.model!r} has no chat '
+                "template; use "
+                'data.prompt_format = "text" with data.prompt_template, or put a chat_template.jinja '
+                "into the model folder"
+            )
+        if data.prompt_format == "text" and data.system_prompt:
+            raise DataError(
+                'data.system_prompt needs data.prompt_format = "chat"; for text use data.prompt_template'
+            )
+
+    def render(self, prompt: str) -> str:
+        """Text of one prompt. Raises DataError when the chat template refuses the messages."""
+        if self._data.prompt_format == "text":
+            return self._data.prompt_template.format(prompt=prompt)
+        messages = json.loads(prompt)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": self._data.prompt_template.format(prompt=messages)}]
+        if self._data.system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._data.system_prompt}, *messages]
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template of {self._model!r} refuses the prompt: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Prompt ids of rendered text, with the tokenizer's prefix (BOS) for plain text."""
+        return self.prefix + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def check_lengths(self, texts: list[str]) -> list[str | None]:
+        """For every rendered text None, or why it is no usable prompt: no token at all, or too many."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        complaints: list[str | None] = []
+        for ids in encoded:
+            tokens = len(self.prefix) + len(ids)
+            if tokens == 0:
+                complaints.append("prompt is empty: not one token to condition on")
+            elif tokens > self._data.max_prompt_tokens:
+                limit = self._data.max_prompt_tokens
+                complaints.append(f"prompt is too long: {tokens} tokens, data.max_prompt_tokens is {limit}")
+            else:
+                complaints.append(None)
+        return complaints
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """Ids put before plain text: what the tokenizer itself puts there (BOS or nothing). Chat text has
+        its own.
+        """
+        if self._data.prompt_format == "chat":
+            return []
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+        return list(full[: starts[0]]) if starts else []
+
+    def _check_template(self) -> None:
+        template = self._data.prompt_template
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise DataError(
+                f"data.prompt_template = {template!r}: {error}; write literal braces as {{{{ and }}}}"
+            ) from error
+        if set(names) != {"prompt"}:
+            raise DataError(
+                f"data.prompt_template = {template!r} must use {{prompt}} and no other field; write "
+                "literal braces "
+                "as {{ and }}"
+            )

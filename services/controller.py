@@ -1,0 +1,187 @@
+"""The controller: generate → score → learn → sync, with the discriminator alongside.
+
+Invariants: a batch trained at policy version v holds nothing sampled by a version before v - max_policy_lag and
+no score older than max_disc_lag discriminator versions; a step's prompts are asked for only when that will hold, so
+lag 0 is the synchronous case of the same loop. Each response is in exactly one place (`services.ledger`).
+
+The two clocks: policy version = learner steps done; discriminator version = discriminator turns done (a turn that the
+health gate skips still counts, so the clocks stay comparable). The turn of step s yields version s + 1.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rollout.trajectory import lag
+from services.config import Config
+from services.ledger import Ledger
+from services.metrics import PhaseTimer, process_memory
+from services.scored import attach_rewards, response_metrics, reward_metrics
+from services.system import System
+
+
+class Controller:
+    """One training run. `system` holds the processes, `observe` is told every step's metrics."""
+
+    def __init__(self, config: Config, system: System, observe: Callable[[int, dict[str, Any]], None]) -> None:
+        self.config = config
+        self.system = system
+        self.observe = observe
+        self.ledger = Ledger()
+        self.timer = PhaseTimer()
+        self.step = 0
+        self.running = False
+        self.stopping = False
+        self._generating: dict[int, asyncio.Task[pa.Table]] = {}
+        self._cursors: dict[int, dict[str, Any]] = {}
+        self._turn: asyncio.Task[dict[str, Any]] | None = None
+        self._disc_metrics: dict[str, Any] = {}
+
+    async def run(self, every_step: Callable[[int], Any]) -> None:
+        """Train to `run.steps`; `every_step(step)` is awaited after each (evaluation, checkpoints)."""
+        alongside = self.config.run.max_disc_lag > 0
+        self.running = True
+        while self.step < self.config.run.steps and not self.stopping:
+            batch = await self.generate()
+            if alongside:
+                await self.discriminate(batch)
+            scored = await self.score(batch)
+            learned = await self.learn(scored)
+            synced = await self.sync(self.step + 1)
+            if not alongside:
+                await self.discriminate(batch)
+            self.report(batch, scored, learned, synced)
+            self.step += 1
+            await every_step(self.step)
+        await self.settle()
+
+    async def generate(self) -> pa.Table:
+        """This step's trajectories. Asks ahead for the steps whose samples may be that old."""
+        last = min(self.step + self.config.run.max_policy_lag, self.config.run.steps - 1)
+        for step in range(self.step, last + 1):
+            if step not in self._generating:
+                self._generating[step] = asyncio.create_task(self._generate(step))
+        with self.timer("generate"):
+            batch = await self._generating.pop(self.step)
+        self._cursors.pop(self.step)
+        self.timer.tokens("generate", _tokens(batch))
+        return self._drop(batch, pc.greater(lag(batch, self.step), self.config.run.max_policy_lag), "policy_lag")
+
+    async def _generate(self, step: int) -> pa.Table:
+        self._cursors[step] = self.system.prompts.state()
+        requests = self.system.prompts.next(self.config.run.prompts_per_step, step)
+        for group, n in zip(requests["group_id"].to_pylist(), requests["n"].to_pylist(), strict=True):
+            self.ledger.submit(group, n)
+        try:
+            return await self.system.generate(requests, min_version=step - self.config.run.max_policy_lag)
+        except BaseException:
+            for group in requests["group_id"].to_pylist():
+                self.ledger.fail(group, "generation failed")
+            raise
+
+    async def score(self, batch: pa.Table) -> pa.Table:
+        """The batch with reward columns; all responses of a group are judged by one version, none staler than allowed."""
+        if self._turn is not None and self.step - self.system.disc_version > self.config.run.max_disc_lag:
+            with self.timer("wait for discriminator"):
+                await self._finish_turn()
+        version = self.system.disc_version
+        with self.timer("score"):
+            scores = await self.system.score(batch, version)
+        settings = self.config.discriminator
+        versions = [version] * batch.num_rows
+        return attach_rewards(batch, scores, versions, level=settings.level, config=settings.reward)
+
+    async def learn(self, scored: pa.Table) -> dict[str, Any]:
+        """One policy update; returns the learner's metrics."""
+        with self.timer("learn"):
+            metrics = (await self.system.learn(scored, self.step))[0]
+        for group in pc.unique(scored["group_id"]).to_pylist():
+            self.ledger.train(group)
+        self.timer.tokens("learn", _tokens(scored))
+        return metrics
+
+    async def sync(self, version: int) -> dict[str, float]:
+        """Broadcast the new weights; afterwards every worker serves `version`."""
+        with self.timer("sync"):
+            return await self.system.sync(version)
+
+    async def discriminate(self, batch: pa.Table) -> None:
+        """Start this step's discriminator turn; it runs while the policy goes on."""
+        await self._finish_turn()
+        self._turn = asyncio.create_task(self._discriminate(batch, self.step))
+
+    async def _discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
+        with self.timer("discriminate"):
+            return await self.system.discriminate(batch, step)
+
+    async def _finish_turn(self) -> None:
+        if self._turn is not None:
+            self._disc_metrics = await self._turn
+            self._turn = None
+
+    async def quiesce(self) -> None:
+        """Wait for the discriminator's turn, so that a checkpoint holds one consistent state."""
+        await self._finish_turn()
+
+    async def settle(self) -> None:
+        """Nothing in the air: the discriminator's turn is done, generation asked for ahead is given up and counted."""
+        await self.quiesce()
+        for step, task in sorted(self._generating.items()):
+            batch = await task
+            for group in pc.unique(batch["group_id"]).to_pylist():
+                self.ledger.drop(group, "run ended")
+            del self._generating[step], self._cursors[step]
+
+    def _drop(self, batch: pa.Table, unfit: pa.Array, reason: str) -> pa.Table:
+        """Leave out whole groups in which any row is unfit, and count them."""
+        groups = pc.unique(batch["group_id"].filter(unfit)).to_pylist() if pc.any(unfit).as_py() else []
+        for group in groups:
+            self.ledger.drop(group, reason)
+        return batch.filter(pc.invert(pc.is_in(batch["group_id"], pa.array(groups, pa.string())))) if groups else batch
+
+    def report(self, batch: pa.Table, scored: pa.Table, learned: dict[str, Any], synced: dict[str, float]) -> None:
+        """Hand this step's metrics to the observer. Discriminator numbers are those of the last finished turn."""
+        self.observe(
+            self.step + 1,
+            {
+                "reward": reward_metrics(scored),
+                "response": response_metrics(batch),
+                "policy": learned,
+                "discriminator": self._disc_metrics,
+                "sync": synced,
+                "lag": {
+                    "policy": lag(batch, self.step).to_pylist(),
+                    "disc": (self.step - scored["disc_version"].to_numpy()).tolist(),
+                },
+                "responses": self.ledger.check(),
+                "seconds": self.timer.take(),
+                "memory_mib": {"controller": process_memory()["rss"]},
+            },
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint. Prompts asked for ahead are asked for again: the cursor is the oldest one in use."""
+        oldest = self._cursors[min(self._cursors)] if self._cursors else self.system.prompts.state()
+        return {
+            "step": self.step,
+            "prompts": oldest,
+            "ledger": self.ledger.state(),
+            "timer": self.timer.state_dict(),
+            "disc_metrics": self._disc_metrics,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.step = state["step"]
+        self.system.prompts.load_state(state["prompts"])
+        self.ledger = Ledger(**state["ledger"])
+        self.timer.load_state_dict(state["timer"])
+        self._disc_metrics = state["disc_metrics"]
+
+
+def _tokens(batch: pa.Table) -> int:
+    return int(np.sum([len(ids) for ids in batch["response_ids"].to_pylist()]))

@@ -1,0 +1,166 @@
+"""Evaluations of a run: selection prompts during training, test prompts for base, best and last only.
+
+The best checkpoint is the one with the highest `selection_key` (C2ST and coverage on selection prompts), never the one
+with the highest reward. Test responses of base and best are drawn when these policies are in place and measured at the
+end, all on the same prompts.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from services.config import Config
+from services.evaluation.embed import Embedder
+from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
+from services.report import write_samples
+from services.system import System, first_prompts
+
+Row = dict[str, Any]
+
+
+class Evaluator:
+    """Measures the policy that the rollout workers hold."""
+
+    def __init__(self, config: Config, system: System, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.system = system
+        self.say = say
+        self.curve: list[tuple[int, Row]] = []
+        self.best_step = -1
+        self.best_key = float("-inf")
+        self.test_nll: dict[str, float] = {}
+        self._embedder: Embedder | None = None
+        self._train = system.splits.train["response"].to_pylist()
+
+    async def selection(self, step: int) -> Row:
+        """Evaluate on selection prompts; keeps the model and its test responses if it is the best so far."""
+        split, prompts = self.system.splits.selection, self.config.evaluation.prompts
+        texts = await self._draw(split, prompts, step)
+        row = await self._measure(texts, await self.system.human_nll(split, prompts))
+        self.curve.append((step, row))
+        write_samples(self.config.folder, step, *(texts[name].to_pylist() for name in ("prompt", "human", "model")))
+        if step == 0:
+            await self._keep_test("base", step)
+        if selection_key(row) > self.best_key:
+            self.best_step, self.best_key = step, selection_key(row)
+            await self.export("best")
+            await self._keep_test("best", step)
+        return row
+
+    async def finish(self, step: int) -> dict[str, Row]:
+        """The closing table's rows on test prompts: base, best, last, human."""
+        await self.export("last")
+        await self._keep_test("last", step)
+        rows: dict[str, Row] = {}
+        for name in ("base", "best", "last"):
+            texts = pq.read_table(self._test_file(name))
+            rows[name] = {**await self._measure(texts, self.test_nll[name]), "step": self._step_of(name, step)}
+        texts = pq.read_table(self._test_file("last"))
+        rows["human"] = await asyncio.to_thread(
+            human_row,
+            texts["prompt_id"].to_pylist(),
+            texts["human"].to_pylist(),
+            self._train,
+            min(self.test_nll.values()),
+            self.config.evaluation,
+            self._embed(),
+        )
+        return rows
+
+    def samples(self, count: int) -> list[dict[str, str]]:
+        """The first test responses of base and best beside their demonstrations."""
+        base, best = (pq.read_table(self._test_file(name)) for name in ("base", "best"))
+        return [
+            {
+                "prompt": base["prompt"][i].as_py(),
+                "human": base["human"][i].as_py(),
+                "base": base["model"][i].as_py(),
+                "model": best["model"][i].as_py(),
+            }
+            for i in range(min(count, base.num_rows))
+        ]
+
+    async def export(self, name: str) -> None:
+        """Write the policy to the run's folder `name`, whole or not at all."""
+        folder, partial = self.config.folder / name, self.config.folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        await self.system.export(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "curve": self.curve,
+            "best_step": self.best_step,
+            "best_key": self.best_key,
+            "test_nll": self.test_nll,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.curve = [(step, row) for step, row in state["curve"]]
+        self.best_step, self.best_key = state["best_step"], state["best_key"]
+        self.test_nll = state["test_nll"]
+
+    async def _keep_test(self, name: str, step: int) -> None:
+        split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
+        texts = await self._draw(split, prompts, step)
+        self.test_nll[name] = await self.system.human_nll(split, prompts)
+        self._test_file(name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(texts, self._test_file(name))
+
+    async def _draw(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
+        """Columns prompt_id, prompt, human, model: one row per human answer and sample."""
+        responses = await self.system.sample(split, prompts, step)
+        human = first_prompts(split, prompts)
+        answers: dict[str, list[str]] = {}
+        for identifier, text in zip(responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True):
+            answers.setdefault(identifier, []).append(text)
+        rows = [
+            {"prompt_id": identifier, "prompt": prompt, "human": person, "model": text}
+            for identifier, prompt, person in zip(
+                *(human[name].to_pylist() for name in ("prompt_id", "prompt_text", "response")), strict=True
+            )
+            for text in answers[identifier]
+        ]
+        return pa.Table.from_pylist(rows, schema=TEXTS)
+
+    async def _measure(self, texts: pa.Table, nll: float) -> Row:
+        return await asyncio.to_thread(
+            evaluate_texts,
+            texts["prompt_id"].to_pylist(),
+            texts["model"].to_pylist(),
+            texts["human"].to_pylist(),
+            self._train,
+            nll,
+            self.config.evaluation,
+            self._embed(),
+        )
+
+    def _embed(self) -> Embedder | None:
+        settings = self.config.evaluation
+        if settings.embedding_model == "none":
+            return None
+        if self._embedder is None:
+            self._embedder = Embedder(
+                settings.embedding_model or self.config.policy.model,
+                threads=settings.embedding_threads,
+                max_tokens=settings.embedding_max_tokens,
+                trust_remote_code=self.config.policy.trust_remote_code,
+            )
+        return self._embedder
+
+    def _test_file(self, name: str) -> Path:
+        return self.config.folder / "samples" / f"test-{name}.parquet"
+
+    def _step_of(self, name: str, last: int) -> int:
+        return {"base": 0, "best": self.best_step, "last": last}[name]
+
+
+TEXTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "human", "model")])

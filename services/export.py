@@ -1,0 +1,27 @@
+"""Copy a finished run's model out of its folder."""
+
+import shutil
+from pathlib import Path
+
+from services.config import ConfigError
+
+
+def export_model(run: Path, out: Path, which: str) -> Path:
+    """Copy `run`/`which` (best or last) to `out`, a folder that must not exist yet; returns `out`.
+
+    Raises:
+        ConfigError: no such run or model, or `out` exists.
+    """
+    if which not in ("best", "last"):
+        raise ConfigError(f"--which is {which!r}; it can be best or last")
+    model = run / which
+    if not (model / "config.json").exists():
+        there = [name for name in ("best", "last") if (run / name / "config.json").exists()]
+        raise ConfigError(f"{model} holds no model" + (f"; {run} has: {', '.join(there)}" if there else ""))
+    if out.exists():
+        raise ConfigError(f"{out} exists already; nothing was overwritten")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(model, partial)
+    partial.rename(out)
+    return out

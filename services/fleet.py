@@ -1,0 +1,131 @@
+"""The rollout fleet: N rollout workers behind one object.
+
+Row i of a batch goes to worker i mod N, always, and results come back in order of their ids, so the same batch
+gives the same table whatever finishes first. A worker that died or broke in a weight update is replaced before the
+next batch (`replace`), and serves only after a sync: it comes up with the base weights, hence STALE.
+"""
+
+import asyncio
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from rollout.worker import RolloutWorker
+from services.config import Config
+from services.plan import ResourcePlan
+
+
+class FleetError(RuntimeError):
+    """A rollout worker failed; the message names it, `workers` holds the indices to replace."""
+
+    def __init__(self, message: str, workers: list[int]) -> None:
+        super().__init__(message)
+        self.workers = workers
+
+
+class RolloutFleet:
+    """All rollout workers of a run."""
+
+    def __init__(self, config: Config, plan: ResourcePlan) -> None:
+        self.config = config
+        self.role = plan.role("rollout")
+        self.device = plan.devices["rollout"]
+        self.actors: list[Any] = [self._create(i) for i in range(self.role.count)]
+        self.info: list[dict[str, Any]] = []
+
+    def _create(self, index: int) -> Any:
+        config = self.config
+        environment = {
+            "OMP_NUM_THREADS": str(self.role.threads),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        actor = ray.remote(RolloutWorker).options(
+            num_cpus=self.role.cpus,
+            num_gpus=self.role.gpus,
+            max_concurrency=64,
+            runtime_env={"env_vars": environment},
+        )
+        return actor.remote(
+            index,
+            config.rollout,
+            config.policy,
+            config.sampling,
+            model=config.policy.model,
+            device=self.device,
+            max_model_len=config.max_model_len,
+            threads=self.role.threads,
+            seed=config.run.seed + index,
+            release_together=config.run.exact,
+        )
+
+    async def start(self) -> None:
+        """Wait until every worker is up.
+
+        Raises:
+            FleetError: a worker failed or the deadline passed.
+        """
+        self.info = await self._all("start", range(len(self.actors)), self.config.rollout.start_timeout_s)
+
+    async def replace(self, indices: list[int]) -> None:
+        """Kill the named workers and bring fresh ones up in their place; they hold the base weights until synced."""
+        for i in indices:
+            ray.kill(self.actors[i])
+            self.actors[i] = self._create(i)
+        for i, info in zip(
+            indices, await self._all("start", indices, self.config.rollout.start_timeout_s), strict=True
+        ):
+            self.info[i] = info
+
+    async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
+        """Trajectories for all requests, sorted by trajectory_id, from workers at `min_version` or newer."""
+        shares = [requests.take(list(range(i, requests.num_rows, len(self.actors)))) for i in range(len(self.actors))]
+        busy = [i for i, share in enumerate(shares) if share.num_rows]
+        tables = await self._all(
+            "generate", busy, self.config.rollout.generate_timeout_s, [(shares[i], min_version) for i in busy]
+        )
+        return _in_order(tables)
+
+    async def sample(self, requests: pa.Table, sampling: dict[str, Any]) -> pa.Table:
+        """Like `generate`, with other sampling settings and whatever version the workers hold: for evaluations."""
+        shares = [requests.take(list(range(i, requests.num_rows, len(self.actors)))) for i in range(len(self.actors))]
+        busy = [i for i, share in enumerate(shares) if share.num_rows]
+        tables = await self._all(
+            "sample", busy, self.config.rollout.generate_timeout_s, [(shares[i], sampling) for i in busy]
+        )
+        return _in_order(tables)
+
+    async def timings(self) -> list[dict[str, float]]:
+        """Seconds of the last sync per worker: wire, checksum, load."""
+        return await self._all("sync_timings", range(len(self.actors)), 30.0)
+
+    async def _all(
+        self, method: str, indices: Any, timeout_s: float, arguments: list[tuple[Any, ...]] | None = None
+    ) -> list[Any]:
+        indices = list(indices)
+        given = arguments or [()] * len(indices)
+        calls = [
+            asyncio.wait_for(_answer(getattr(self.actors[i], method).remote(*given[k])), timeout_s)
+            for k, i in enumerate(indices)
+        ]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        failed = [i for i, answer in zip(indices, answers, strict=True) if isinstance(answer, BaseException)]
+        if failed:
+            reasons = []
+            for i, answer in zip(indices, answers, strict=True):
+                if isinstance(answer, TimeoutError):
+                    reasons.append(f"rollout worker {i} did not finish {method} within {timeout_s:.0f} s")
+                elif isinstance(answer, BaseException):
+                    reasons.append(f"rollout worker {i} failed in {method}: {answer}")
+            raise FleetError("; ".join(reasons), failed)
+        return answers
+
+
+async def _answer(ref: "ray.ObjectRef") -> Any:
+    return await ref
+
+
+def _in_order(tables: list[pa.Table]) -> pa.Table:
+    table = pa.concat_tables(tables)
+    return table.sort_by([("group_id", "ascending"), ("sample", "ascending")]).combine_chunks()

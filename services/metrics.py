@@ -1,0 +1,230 @@
+"""What a run records about itself: one row per step, seconds and tokens per phase, memory.
+
+`metrics.jsonl` holds one strict-JSON object per step, steps strictly increasing, written in one call and
+flushed: a kill can cut the last line only, and `truncate_after` drops it. What is not finite is null there
+(JSON has no NaN); `services.alarms` looks at the rows before that.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+Row = dict[str, Any]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Row:
+    """{"reward": {"mean": 1}} -> {"reward/mean": 1}. Lists of integers are kept: they become histograms."""
+    row: Row = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            row.update(flatten(value, f"{key}/"))
+        else:
+            row[key] = value.item() if isinstance(value, np.generic) else value
+    return row
+
+
+def expand_lists(row: Mapping[str, Any]) -> Row:
+    """Replace every list of integers (lags) by its histogram {"0": 12, "1": 4}; add its `_mean` and `_max`.
+
+    An empty list has an empty histogram and neither mean nor maximum.
+    """
+    out: Row = {}
+    for key, value in row.items():
+        if isinstance(value, list | tuple | np.ndarray):
+            numbers = [int(item) for item in value]
+            out[key] = {str(item): count for item, count in sorted(Counter(numbers).items())}
+            if numbers:
+                out[f"{key}_mean"] = sum(numbers) / len(numbers)
+                out[f"{key}_max"] = max(numbers)
+        else:
+            out[key] = value
+    return out
+
+
+def strict(value: Any) -> Any:
+    """A copy in which NaN and infinities are None, at any depth, and numpy scalars are Python's."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [strict(item) for item in value]
+    return value
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl` and TensorBoard events into a run folder.
+
+    log = MetricsLog(run_dir) log.truncate_after(step)            # on resume, before the first row: later
+    steps are going to be repeated log.log(step, {"reward": {"mean": 0.1}, "lag": {"policy": [0, 0, 1]}})
+    log.close()
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, tensorboard: bool = True, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._events = Path(run_dir) / "tensorboard"
+        self._tensorboard = tensorboard
+        self._clock = clock
+        self._file: Any = None
+        self._writer: Any = None
+        self._last: int | None = None
+        self._purge: int | None = None
+
+    def truncate_after(self, step: int) -> int:
+        """Keep rows up to `step`, itself included; returns how many. TensorBoard hides the later ones too.
+
+        Raises RuntimeError once rows were written, ValueError (with the line number) on a damaged line that
+        is not the last one.
+        """
+        if self._file is not None:
+            raise RuntimeError("truncate_after must come before the first row")
+        self._purge = step + 1
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        if self.path.exists():
+            scratch = self.path.with_suffix(".jsonl.tmp")
+            scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+            os.replace(scratch, self.path)
+        self._last = rows[-1]["step"] if rows else None
+        return len(rows)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> Row:
+        """Write one step; returns the flat row (NaN still in it). ValueError on a step that is not new."""
+        if self._last is not None and step <= self._last:
+            raise ValueError(f"metrics of step {step} come after those of step {self._last}")
+        flat = flatten(values)
+        row = {"step": step, "time": self._clock(), **expand_lists(flat)}
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(_line(row))
+        self._file.flush()
+        self._last = step
+        if self._tensorboard:
+            self._write_events(step, flat, row)
+        return row
+
+    def _write_events(self, step: int, flat: Row, row: Row) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._events), purge_step=self._purge)
+        for key, value in row.items():
+            if key in ("step", "time") or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
+                self._writer.add_scalar(key, value, step, walltime=row["time"])
+        for key, value in flat.items():
+            if isinstance(value, list | tuple | np.ndarray) and len(value):
+                self._writer.add_histogram(key, np.asarray(value), step, walltime=row["time"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close both files. Harmless when repeated."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: str | Path) -> list[Row]:
+    """All rows of a `metrics.jsonl`.
+
+    A last line cut short by a kill is left out; any other bad line is an error.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}:{number}: not a JSON object ({error.msg})") from error
+    return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(strict(row), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+class PhaseTimer:
+    """Seconds and tokens per phase, of the running step and of the whole run.
+
+    with timer("generate"):
+        ...
+    timer.tokens("generate", 4096)
+    row = timer.take()                  # {"generate": 7.1} of this step, then counts from zero
+
+    Phases may overlap (the discriminator trains while the policy generates), so shares can add up to more
+    than the wall time. The clock is injected: any callable that returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._step: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the block's duration to `phase`, also when the block raises."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.add(phase, self._clock() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add seconds that another process measured."""
+        self._step[phase] = self._step.get(phase, 0.0) + seconds
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def tokens(self, phase: str, count: int) -> None:
+        """Count tokens that went through `phase`."""
+        self._tokens[phase] = self._tokens.get(phase, 0) + count
+
+    def take(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        step, self._step = self._step, {}
+        return step
+
+    def totals(self) -> dict[str, dict[str, float | int]]:
+        """{"generate": {"seconds": 71.2, "tokens": 40960}} of the whole run, in order of first use."""
+        names = list(dict.fromkeys((*self._seconds, *self._tokens)))
+        return {n: {"seconds": self._seconds.get(n, 0.0), "tokens": self._tokens.get(n, 0)} for n in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals, for a checkpoint."""
+        return {"seconds": dict(self._seconds), "tokens": dict(self._tokens)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's totals."""
+        self._seconds, self._tokens, self._step = dict(state["seconds"]), dict(state["tokens"]), {}
+
+
+def process_memory() -> dict[str, float]:
+    """Memory of this process in MiB: `rss`, and `cuda_allocated`, `cuda_peak` where this process uses CUDA.
+
+    Torch is asked only if the process has imported it already.
+    """
+    memory = {"rss": psutil.Process().memory_info().rss / 2**20}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        memory["cuda_allocated"] = torch.cuda.memory_allocated() / 2**20
+        memory["cuda_peak"] = torch.cuda.max_memory_allocated() / 2**20
+    return memory

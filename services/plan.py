@@ -1,0 +1,125 @@
+"""The resource plan: which processes a run needs and whether a machine or cluster has room for them.
+
+Pure arithmetic on the configuration; nothing here starts or imports a heavy library.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from services.config import Config, ConfigError
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """`count` processes with `cpus` logical CPUs, `gpus` GPUs and `threads` compute threads each."""
+
+    name: str
+    what: str
+    count: int
+    cpus: float
+    gpus: int
+    threads: int
+    field: str
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    """All roles of a run, with the device each computes on."""
+
+    roles: tuple[Role, ...]
+    devices: dict[str, Device]
+
+    def role(self, name: str) -> Role:
+        """The role called `name`."""
+        return next(role for role in self.roles if role.name == name)
+
+    @property
+    def cpus(self) -> float:
+        """Logical CPUs in all."""
+        return sum(role.count * role.cpus for role in self.roles)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs in all."""
+        return sum(role.count * role.gpus for role in self.roles)
+
+    def lines(self) -> list[str]:
+        """The plan as text, one role a line."""
+        rows = [
+            f"{role.name:<14} {role.count} x {role.cpus:g} CPU, {role.gpus} GPU, {role.threads} thread(s)  {role.what}"
+            for role in self.roles
+        ]
+        return [*rows, f"{'total':<14} {self.cpus:g} CPU, {self.gpus} GPU"]
+
+    def check(self, cpus: float, gpus: float, where: str) -> None:
+        """Refuse a plan larger than what there is.
+
+        Raises:
+            ConfigError: names what is missing, by how much, and the fields that ask for most.
+        """
+        for kind, have, need in (("CPU", cpus, self.cpus), ("GPU", gpus, float(self.gpus))):
+            if need > have:
+                asks = [
+                    f"{role.field} ({role.count} x {role.cpus if kind == 'CPU' else role.gpus:g})"
+                    for role in self.roles
+                    if (role.cpus if kind == "CPU" else role.gpus)
+                ]
+                raise ConfigError(
+                    f"the plan needs {need:g} {kind}s and {where} has {have:g}; "
+                    f"lower one of {', '.join(asks)}, or use a larger machine"
+                )
+
+
+def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> ResourcePlan:
+    """The processes `config` asks for on a cluster with `gpus` GPUs and nodes of `cores` cores (None: this one's)."""
+    cores = cores or os.cpu_count() or 1
+
+    def device(choice: str) -> Device:
+        if choice == "auto":
+            return "cuda" if gpus else "cpu"
+        return "cuda" if choice == "cuda" else "cpu"
+
+    devices: dict[str, Device] = {
+        "rollout": device(config.rollout.device),
+        "learner": device(config.learner.device),
+        "discriminator": device(config.discriminator.device),
+    }
+    if devices["rollout"] != devices["learner"]:
+        raise ConfigError(
+            f"rollout.device is {devices['rollout']} and learner.device {devices['learner']}: weights travel by gloo "
+            "between CPUs or by NCCL between GPUs, so both must be on the same kind of device"
+        )
+    rollout, learner, disc = config.rollout, config.learner, config.discriminator
+    scoring = disc.scoring
+
+    def threads(setting: int | None, count: int) -> int:
+        return setting or max(1, cores // count)
+
+    def on_gpu(role: str, number: int = 1) -> int:
+        return number if devices[role] == "cuda" else 0
+
+    roles = (
+        Role("rollout", f"vLLM worker, {config.policy.model}", rollout.workers, rollout.cpus_per_worker,
+             on_gpu("rollout", rollout.tensor_parallel), threads(rollout.threads, rollout.workers), "rollout.workers"),
+        Role("learner", f"policy, DeepSpeed ZeRO-{learner.zero_stage}", learner.ranks, learner.cpus_per_rank,
+             on_gpu("learner"), threads(learner.threads, learner.ranks), "learner.ranks"),
+        Role("discriminator", f"trainer, DeepSpeed ZeRO-{disc.zero_stage}", disc.ranks, disc.cpus_per_rank,
+             on_gpu("discriminator"), threads(disc.threads, disc.ranks), "discriminator.ranks"),
+        Role("scoring", "Ray Serve replica", scoring.replicas, scoring.cpus,
+             on_gpu("discriminator"), threads(disc.threads, scoring.replicas), "discriminator.scoring.replicas"),
+    )  # fmt: skip
+    return ResourcePlan(roles, devices)
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine, counted from their device files (respects CUDA_VISIBLE_DEVICES)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    try:
+        return len([name for name in os.listdir("/proc/driver/nvidia/gpus")])
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,277 @@
+"""`rlgaf train`: check everything that can be checked, start the processes, train, report, leave nothing behind."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from rollout.data import DataSplits, load_data, require_at_least
+from rollout.engine import check_vllm_version
+from rollout.templates import Renderer, check_model, load_tokenizer
+from services.alarms import Alarms
+from services.checkpoint import Checkpoints, verify
+from services.config import Config, ConfigError, to_toml
+from services.plan import ResourcePlan, local_gpus, resource_plan
+
+INTERRUPTED = 130
+
+
+def run(config: Config, *, resume: bool) -> int:
+    """Run or resume; returns the process's exit code.
+
+    Raises:
+        ConfigError, DataError: before anything is started or written.
+    """
+    console = Console()
+    try:
+        check_vllm_version()
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from None
+    checkpoints = _prepare_folder(config, resume)
+    plan = resource_plan(config, gpus=local_gpus())
+    cluster = os.environ.get("RAY_ADDRESS")
+    if not cluster:
+        plan.check(float(os.cpu_count() or 1), local_gpus(), "this machine")
+    tokenizer = load_tokenizer(config.policy)
+    check_model(config.policy, config.data, config.sampling, tokenizer)
+    renderer = Renderer(tokenizer, config.data, config.policy)
+    splits = load_data(config.data, renderer)
+    _check_data(config, splits)
+    for report in splits.reports:
+        console.print(f"data: {report.source}: {report.kept} rows" + _skipped(report.skipped))
+    console.print(
+        f"splits: {splits.train.num_rows} train, {splits.heldout.num_rows} held out for the discriminator, "
+        f"{splits.selection.num_rows} selection, {splits.test.num_rows} test"
+    )
+    with ray_cluster(cluster) as (cpus, gpus):
+        plan = resource_plan(config, gpus=gpus)
+        plan.check(cpus, gpus, "the Ray cluster")
+        for line in plan.lines():
+            console.print(f"plan: {line}", highlight=False)
+        return asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console).main())
+
+
+def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
+    checkpoints = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints)
+    newest = checkpoints.newest()
+    if resume and newest is None:
+        raise ConfigError(f"--resume: {config.folder} has no finished checkpoint; start it without --resume")
+    if resume and checkpoints.steps()[-1] >= config.run.steps:
+        raise ConfigError(
+            f"--resume: {config.folder} has done {checkpoints.steps()[-1]} of {config.run.steps} steps; "
+            "raise run.steps to go on"
+        )
+    if not resume and config.folder.exists() and any(config.folder.iterdir()):
+        raise ConfigError(
+            f"{config.folder} exists already; nothing was overwritten. Use --resume to go on with it, or another run.name"
+        )
+    return checkpoints
+
+
+def _check_data(config: Config, splits: DataSplits) -> None:
+    batch = config.discriminator.batch_size
+    require_at_least(
+        splits.train, batch, "training demonstrations", "give more or lower discriminator.batch_size"
+    )
+    for name in ("heldout", "selection", "test"):
+        require_at_least(
+            getattr(splits, name), 8, f"{name} split", f"give more demonstrations or raise data.{name}_fraction"
+        )
+
+
+def _skipped(reasons: dict[str, int]) -> str:
+    return "".join(f", {count} skipped ({reason})" for reason, count in reasons.items())
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
+    """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs and GPUs."""
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if local_gpus() else "cpu")
+    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(
+            num_cpus=os.cpu_count(),
+            num_gpus=local_gpus(),
+            object_store_memory=512 * 2**20,
+            include_dashboard=False,
+            **quiet,
+        )
+    try:
+        resources = ray.cluster_resources()
+        yield resources.get("CPU", 0.0), int(resources.get("GPU", 0))
+    finally:
+        ray.shutdown()
+
+
+class _Run:
+    """The life of one run around the controller's loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: ResourcePlan,
+        splits: DataSplits,
+        renderer: Renderer,
+        checkpoints: Checkpoints,
+        resume: bool,
+        console: Console,
+    ) -> None:
+        from services.controller import Controller
+        from services.display import Display
+        from services.evaluator import Evaluator
+        from services.metrics import MetricsLog
+        from services.system import System
+
+        self.config = config
+        self.resume = resume
+        self.console = console
+        self.checkpoints = checkpoints
+        self.began = time.monotonic()
+        self.earlier_seconds = 0.0
+        self.rows: list[dict[str, Any]] = []
+        self.evaluation_row: dict[str, Any] = {}
+        start = checkpoints.steps()[-1] if resume else 0
+        config.folder.mkdir(parents=True, exist_ok=True)
+        (config.folder / "config.toml").write_text(to_toml(config))
+        self.display = Display(config.run.steps, start, console)
+        self.log = MetricsLog(config.folder)
+        self.alarms = Alarms()
+        self.system = System(config, plan, splits, renderer)
+        self.controller = Controller(config, self.system, self.observe)
+        self.evaluator = Evaluator(config, self.system, self.display.note)
+
+    async def main(self) -> int:
+        """Start, train, report; every way out ends the processes."""
+        loop = asyncio.get_running_loop()
+        work = asyncio.ensure_future(self._work())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt, work)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            self.console.print("stopped; the last finished checkpoint stays")
+            return INTERRUPTED
+        finally:
+            self.log.close()
+
+    def _interrupt(self, work: "asyncio.Future[int]") -> None:
+        if self.controller.stopping or not self.controller.running:
+            work.cancel()
+            return
+        self.controller.stopping = True
+        self.display.note("stopping after this step with a checkpoint; once more to stop at once")
+
+    async def _work(self) -> int:
+        with self.display:
+            await self.system.start(self.display.note)
+            if self.resume:
+                await self._load()
+            else:
+                await self._begin()
+            await self.controller.run(self._after_step)
+            if self.controller.step not in self.checkpoints.steps():
+                await self._save()
+            if self.controller.step < self.config.run.steps:
+                await self.system.stop()
+                self.display.note(f"stopped at step {self.controller.step}; go on with --resume")
+                return INTERRUPTED
+            evaluation = await self.evaluator.finish(self.controller.step)
+            memory = await self.system.memory()
+            await self.system.stop()
+        self._report(evaluation, memory)
+        return 0
+
+    async def _begin(self) -> None:
+        with self.controller.timer("evaluate"):
+            self.display.note("evaluating the base model")
+            await self.evaluator.selection(0)
+        with self.controller.timer("warm-up"):
+            warm = await self.system.warm_up(self.display.note)
+        self.display.note(
+            f"discriminator warmed up: {warm['steps']:.0f} steps, held-out accuracy {warm['accuracy_heldout']:.3f}"
+        )
+
+    async def _after_step(self, step: int) -> None:
+        run = self.config.run
+        if step % self.config.evaluation.every == 0 and step < run.steps:
+            with self.controller.timer("evaluate"):
+                row = await self.evaluator.selection(step)
+            self.display.note(
+                f"step {step}: C2ST {row['c2st']:.3f} [{row['c2st_low']:.3f}, {row['c2st_high']:.3f}]  NLL {row['nll']:.3f}"
+                f"  distinct-2 {row['distinct_2']:.3f}  coverage {row['coverage']:.3f}"
+            )
+        elif step == run.steps:
+            with self.controller.timer("evaluate"):
+                await self.evaluator.selection(step)
+        if run.checkpoint_every and step % run.checkpoint_every == 0:
+            await self._save()
+
+    def observe(self, step: int, values: dict[str, Any]) -> None:
+        """Record one step's metrics, raise alarms, show progress."""
+        row = self.log.log(step, values)
+        self.rows.append(row)
+        for alarm in self.alarms.check(self.rows):
+            self.display.note(f"alarm: {alarm.name}: {alarm.message}")
+        self.display.step(step, row)
+
+    async def _save(self) -> None:
+        with self.controller.timer("checkpoint"):
+            await self.controller.quiesce()
+            step = self.controller.step
+            folder = self.checkpoints.begin(step)
+            system = await self.system.save(folder)
+            state = {
+                "system": system,
+                "controller": self.controller.state(),
+                "evaluator": self.evaluator.state(),
+                "alarms": self.alarms.state_dict(),
+                "seconds": self.earlier_seconds + time.monotonic() - self.began,
+            }
+            await asyncio.to_thread(self.checkpoints.commit, step, state)
+
+    async def _load(self) -> None:
+        folder = self.checkpoints.newest()
+        assert folder is not None, "checked before"
+        self.display.note(f"resuming from {folder.name}")
+        state = await asyncio.to_thread(verify, folder)
+        await self.system.load(folder, state["system"])
+        self.controller.load_state(state["controller"])
+        self.evaluator.load_state(state["evaluator"])
+        self.alarms.load_state_dict(state["alarms"])
+        self.earlier_seconds = state["seconds"]
+        self.log.truncate_after(self.controller.step)
+
+    def _report(self, evaluation: dict[str, dict[str, Any]], memory: dict[str, float]) -> None:
+        from services.metrics import process_memory
+        from services.report import print_report, write_report, write_summary
+
+        config, folder = self.config, self.config.folder
+        wall = self.earlier_seconds + time.monotonic() - self.began
+        phases = self.controller.timer.totals()
+        samples = self.evaluator.samples(config.evaluation.shown_samples)
+        facts = {
+            "steps": self.controller.step,
+            "best_step": self.evaluator.best_step,
+            "wall_seconds": wall,
+            "responses": self.controller.ledger.check(),
+            "prompts_seen": self.controller.step * config.run.prompts_per_step,
+            "demonstrations": self.system.splits.train.num_rows,
+            "memory_mib": {"controller": process_memory()["rss"], **memory},
+            "learning_curve": [{"step": step, **row} for step, row in self.evaluator.curve],
+        }
+        write_summary(folder, evaluation, phases, self.alarms.raised, facts)
+        write_report(
+            folder, f"rlgaf run {config.run.name}", evaluation, phases, self.alarms.raised, self.evaluator.curve, samples, wall
+        )
+        print_report(self.console, evaluation, phases, self.alarms.raised, samples, wall)
+        self.console.print(f"everything is in {folder}: report.md, summary.json, metrics.jsonl, samples/, best/, last/")

@@ -1,0 +1,53 @@
+"""From trajectories and scores to what the learner gets: the same rows with disc_version, score and token_rewards."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from discriminator.config import Level, RewardConfig
+from discriminator.rewards import token_rewards
+
+
+def attach_rewards(
+    batch: pa.Table, scores: list[dict[str, Any]], versions: list[int], *, level: Level, config: RewardConfig
+) -> pa.Table:
+    """Add the reward columns. `scores[i]` holds per canonical token `scores` and `spans` of row i; `versions[i]` the
+    discriminator version that judged it."""
+    rewards = [
+        token_rewards(item["scores"], item["spans"], ends, level=level, config=config)
+        for item, ends in zip(scores, batch["token_ends"].to_pylist(), strict=True)
+    ]
+    return (
+        batch.append_column("disc_version", pa.array(versions, pa.int32()))
+        .append_column("score", pa.array([float(item["scores"][-1]) for item in scores], pa.float32()))
+        .append_column("token_rewards", pa.array(rewards, pa.list_(pa.float32())))
+    )
+
+
+def reward_metrics(scored: pa.Table) -> dict[str, float]:
+    """Mean, spread and range of a batch's summed rewards, and their correlation with response length."""
+    total = np.array([float(np.sum(row)) for row in scored["token_rewards"].to_pylist()])
+    length = np.array([len(ids) for ids in scored["response_ids"].to_pylist()], dtype=float)
+    spread = float(total.std())
+    related = float(np.corrcoef(total, length)[0, 1]) if spread > 0 and length.std() > 0 else 0.0
+    return {
+        "mean": float(total.mean()),
+        "std": spread,
+        "min": float(total.min()),
+        "max": float(total.max()),
+        "score_mean": float(np.mean(scored["score"].to_numpy())),
+        "length_correlation": related,
+    }
+
+
+def response_metrics(batch: pa.Table) -> dict[str, float]:
+    """Lengths in tokens and the share cut by the length limit."""
+    length = np.array([len(ids) for ids in batch["response_ids"].to_pylist()], dtype=float)
+    cut = np.array([reason == "length" for reason in batch["finish_reason"].to_pylist()])
+    return {
+        "length_mean": float(length.mean()),
+        "length_p10": float(np.percentile(length, 10)),
+        "length_p90": float(np.percentile(length, 90)),
+        "truncated_rate": float(cut.mean()),
+    }

@@ -1,0 +1,159 @@
+"""The scoring service: a Ray Serve deployment that scores prompt groups with a named discriminator version.
+
+Invariant: a request names its `disc_version`, all responses of a group are in one request, and the replica either
+answers with exactly that version or fails; it fetches versions it lacks from the version store and keeps two.
+Requests that arrive together are scored in one forward pass.
+
+Inside the cluster: `await handle.score.remote(version, prompt_text, responses)`.
+Outside, when asked for: `POST /v1/score` with a bearer token.
+"""
+
+import asyncio
+import hmac
+import os
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Header, HTTPException
+from pydantic import BaseModel, Field
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from discriminator.config import ScoringConfig
+from discriminator.scorer import Scorer
+
+HTTP = FastAPI(title="rlgaf discriminator", version="1")
+
+
+class ScoreRequest(BaseModel):
+    """Body of `POST /v1/score`."""
+
+    prompt: str
+    """Prompt text, after the chat template."""
+    responses: list[str] = Field(min_length=1, max_length=256)
+    """Responses to that prompt."""
+    complete: bool = True
+    """False when the responses were cut by a length limit."""
+    disc_version: int | None = None
+    """Discriminator version to score with; the newest when left out."""
+
+
+class ScoreResponse(BaseModel):
+    """Answer of `POST /v1/score`: logits, larger is more human."""
+
+    disc_version: int
+    scores: list[float]
+
+
+class _Replica:
+    """One scoring replica. `scorer_config` are `Scorer`'s keyword arguments; `store` is the version store's actor."""
+
+    def __init__(
+        self, scorer_config: dict[str, Any], store: Any, threads: int, scoring: ScoringConfig, token: str
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.scorer = Scorer(**scorer_config)
+        self.store = store
+        self.token = token
+        self.timeout_s = scoring.timeout_s
+        self._score_batch.set_max_batch_size(scoring.max_batch_groups)  # type: ignore[attr-defined]
+        self._score_batch.set_batch_wait_timeout_s(scoring.batch_wait_s)  # type: ignore[attr-defined]
+
+    async def score(
+        self, version: int, prompt_text: str, responses: list[tuple[str, bool]]
+    ) -> list[dict[str, Any]]:
+        """Per-token scores of one group's (text, complete) responses, by exactly `version`."""
+        return await self._score_batch((version, prompt_text, responses))
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
+    async def _score_batch(
+        self, requests: list[tuple[int, str, list[tuple[str, bool]]]]
+    ) -> list[list[dict[str, Any]]]:
+        answers: dict[int, list[dict[str, Any]]] = {}
+        for version in sorted({request[0] for request in requests}):
+            await self._ensure(version)
+            rows = [i for i, request in enumerate(requests) if request[0] == version]
+            scored = await asyncio.to_thread(
+                self.scorer.score, version, [requests[i][1] for i in rows], [requests[i][2] for i in rows]
+            )
+            answers.update(zip(rows, scored, strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    async def _ensure(self, version: int) -> None:
+        if not self.scorer.has(version):
+            checksum, payload = await asyncio.wait_for(self.store.fetch.remote(version), self.timeout_s)
+            await asyncio.to_thread(self.scorer.load, version, checksum, payload)
+
+    async def check_health(self) -> None:
+        """Serve's health probe: the version store must answer."""
+        await asyncio.wait_for(self.store.newest.remote(), self.timeout_s)
+
+
+@serve.deployment(name="scoring")
+class ScoringReplica(_Replica):
+    """In-cluster deployment: handle calls only."""
+
+
+@serve.deployment(name="scoring")
+@serve.ingress(HTTP)
+class HttpScoringReplica(_Replica):
+    """The same with `POST /v1/score` in front, guarded by a bearer token."""
+
+    @HTTP.post("/v1/score")
+    async def http_score(self, request: ScoreRequest, authorization: str = Header(default="")) -> ScoreResponse:
+        """Score responses to one prompt."""
+        if not hmac.compare_digest(authorization.encode(), f"Bearer {self.token}".encode()):
+            raise HTTPException(status_code=401, detail="missing or wrong bearer token")
+        version = request.disc_version
+        if version is None:
+            version = await self.store.newest.remote()
+        try:
+            scored = await self.score(version, request.prompt, [(text, request.complete) for text in request.responses])
+        except (ray.exceptions.RayTaskError, KeyError) as error:
+            raise HTTPException(status_code=404, detail=f"discriminator version {version}: {error}") from None
+        return ScoreResponse(disc_version=version, scores=[float(item["scores"][-1]) for item in scored])
+
+    @HTTP.get("/v1/health")
+    async def http_health(self) -> dict[str, Any]:
+        """Newest version and liveness."""
+        return {"disc_version": await self.store.newest.remote()}
+
+
+def deploy(
+    name: str,
+    scorer_config: dict[str, Any],
+    store: Any,
+    scoring: ScoringConfig,
+    *,
+    threads: int,
+    use_gpu: bool,
+) -> DeploymentHandle:
+    """Start the deployment (blocking) and return its handle.
+
+    Raises:
+        ValueError: HTTP is asked for and the token's environment variable is empty.
+    """
+    token = os.environ.get(scoring.http_token_env, "")
+    if scoring.http and not token:
+        raise ValueError(
+            f"discriminator.scoring.http is on but the environment variable {scoring.http_token_env} with the bearer "
+            "token is empty"
+        )
+    serve.start(
+        proxy_location="HeadOnly" if scoring.http else "Disabled",
+        http_options={"host": scoring.http_host, "port": scoring.http_port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    replica = HttpScoringReplica if scoring.http else ScoringReplica
+    app = replica.options(
+        num_replicas=scoring.replicas,
+        max_ongoing_requests=4 * scoring.max_batch_groups,
+        ray_actor_options={
+            "num_cpus": scoring.cpus,
+            "num_gpus": 1 if use_gpu else 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        },
+    ).bind(scorer_config, store, threads, scoring, token)
+    return serve.run(app, name=name, route_prefix="/" if scoring.http else None)

@@ -1,0 +1,345 @@
+"""All processes of a run behind the words the controller uses: generate, score, learn, sync, discriminate.
+
+Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies or breaks in a sync is
+replaced, synced and asked again, at most `rollout.max_replacements` times a run. Anything else that dies ends the run
+with its own error; the run resumes from its last checkpoint.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from discriminator.buffer import ReplayBuffer
+from discriminator.rank import DiscriminatorRank
+from discriminator.versions import VersionStore
+from learner.rank import LearnerRank
+from learner.trainer import GroupPlan, TrainerGroup
+from rollout.data import DataSplits
+from rollout.prompts import PromptSource, evaluation_requests
+from rollout.templates import Renderer
+from services.config import Config
+from services.demonstrations import Demonstrations
+from services.fleet import FleetError, RolloutFleet
+from services.plan import ResourcePlan
+from services.scoring import deploy
+
+
+class System:
+    """Rollout fleet, learner, discriminator, replay buffer, version store and scoring service of one run."""
+
+    def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
+        self.config = config
+        self.plan = plan
+        self.splits = splits
+        self.renderer = renderer
+        self.policy_version = 0
+        self.disc_version = 0
+        self.replacements = 0
+        self.prompts = PromptSource(
+            splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
+        )
+        self.demonstrations = Demonstrations(
+            splits, renderer.tokenizer, config.discriminator.canonical, config.sampling.max_tokens
+        )
+        self._mending = asyncio.Lock()
+
+    # Life
+
+    async def start(self, say: Callable[[str], None]) -> None:
+        """Bring everything up; `say` is told what is being waited for."""
+        config = self.config
+        say(f"starting {config.rollout.workers} rollout worker(s), learner, discriminator and scoring")
+        self.fleet = RolloutFleet(config, self.plan)
+        self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
+        self.versions = ray.remote(VersionStore).options(num_cpus=0).remote()
+        self.learner = TrainerGroup("learner", LearnerRank, self._learner_config(), self._group_plan("learner"))
+        self.discriminator = TrainerGroup(
+            "discriminator", DiscriminatorRank, self._discriminator_config(), self._group_plan("discriminator")
+        )
+
+        async def up(what: str, starting: Any) -> Any:
+            answer = await starting
+            say(f"{what} ready")
+            return answer
+
+        _, _, _, self.scorer = await asyncio.gather(
+            up("rollout", self.fleet.start()),
+            up("learner", self.learner.start()),
+            up("discriminator", self.discriminator.start()),
+            up("scoring", asyncio.to_thread(self._deploy)),
+        )
+        await self._connect()
+
+    def _learner_config(self) -> dict[str, Any]:
+        config = self.config
+        updates = config.run.steps * config.learner.epochs * config.learner.minibatches
+        settled = {
+            "threads": self.plan.role("learner").threads,
+            "device": self.plan.devices["learner"],
+            "schedule_steps": config.learner.schedule_steps or updates,
+            "gamma": config.gamma,
+        }
+        return {
+            "learner": config.learner.model_copy(update=settled),
+            "policy": config.policy,
+            "rollout": config.rollout,
+            "temperature": config.sampling.temperature,
+            "seed": config.run.seed,
+        }
+
+    def _discriminator_config(self) -> dict[str, Any]:
+        config = self.config
+        settled = {
+            "threads": self.plan.role("discriminator").threads,
+            "device": self.plan.devices["discriminator"],
+            "model": config.discriminator.model or config.policy.model,
+        }
+        return {
+            "config": config.discriminator.model_copy(update=settled),
+            "versions": self.versions,
+            "seed": config.run.seed,
+        }
+
+    def _group_plan(self, name: str) -> GroupPlan:
+        role = self.plan.role(name)
+        section = self.config.learner if name == "learner" else self.config.discriminator
+        return GroupPlan(
+            ranks=role.count,
+            cpus_per_rank=role.cpus,
+            use_gpu=role.gpus > 0,
+            threads=role.threads,
+            storage=str(self.config.folder / "ray"),
+            start_timeout_s=section.start_timeout_s,
+        )
+
+    def _deploy(self) -> Any:
+        role = self.plan.role("scoring")
+        return deploy(
+            f"rlgaf-{self.config.run.name}",
+            self._discriminator_config()["config"],
+            self.versions,
+            threads=role.threads,
+            use_gpu=role.gpus > 0,
+        )
+
+    async def stop(self) -> None:
+        """End what has an orderly end; the rest goes with the Ray job."""
+        from ray import serve
+
+        for group in (getattr(self, "learner", None), getattr(self, "discriminator", None)):
+            if group is not None:
+                await group.stop()
+        await asyncio.to_thread(serve.delete, f"rlgaf-{self.config.run.name}")
+
+    # The controller's words
+
+    async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
+        """Trajectories for the requests; a worker that dies is replaced and the batch asked for again."""
+        while True:
+            try:
+                return await self.fleet.generate(requests, min_version)
+            except FleetError as error:
+                await self._mend(error)
+
+    async def score(self, batch: pa.Table, version: int) -> list[dict[str, Any]]:
+        """Per-token scores and spans for every row of `batch`, each group judged by `version`."""
+        groups: dict[str, list[int]] = {}
+        for row, group in enumerate(batch["group_id"].to_pylist()):
+            groups.setdefault(group, []).append(row)
+        prompts, texts = batch["prompt_text"].to_pylist(), batch["response_text"].to_pylist()
+        complete = [reason == "stop" for reason in batch["finish_reason"].to_pylist()]
+        timeout = self.config.discriminator.scoring.timeout_s
+
+        async def one(rows: list[int]) -> list[dict[str, Any]]:
+            call = self.scorer.score.remote(version, prompts[rows[0]], [(texts[i], complete[i]) for i in rows])
+            return await asyncio.wait_for(_answer(call), timeout)
+
+        answers = await asyncio.gather(*(one(rows) for rows in groups.values()))
+        scores: list[dict[str, Any]] = [{}] * batch.num_rows
+        for rows, scored in zip(groups.values(), answers, strict=True):
+            for row, item in zip(rows, scored, strict=True):
+                scores[row] = item
+        return scores
+
+    async def learn(self, scored: pa.Table, step: int) -> list[dict[str, float]]:
+        """One policy update; metrics by rank."""
+        timeout = self.config.learner.step_timeout_s
+        return await self.learner.call("train_step", timeout_s=timeout, table=ray.put(scored), step=step)
+
+    async def sync(self, version: int) -> dict[str, float]:
+        """Broadcast the policy as `version` to every rollout worker; returns timings of sender and slowest worker."""
+        async with self._mending:
+            self.policy_version = version
+            return await self._sync()
+
+    async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
+        """The discriminator's turn of `step` on these rollouts and a replay; publishes version step + 1."""
+        settings, seed = self.config.discriminator, self.config.run.seed
+        await self.buffer.add.remote(batch, step)
+        rollouts = await self.buffer.sample.remote(
+            settings.batch_size * settings.steps_per_policy_step, step=step, seed=seed
+        )
+        metrics = await self.discriminator.call(
+            "turn",
+            timeout_s=settings.step_timeout_s,
+            rollouts=ray.put(rollouts),
+            demonstrations=ray.put(self._draw(rollouts, step)),
+            fresh=ray.put(batch),
+            heldout=ray.put(self.demonstrations.draw_heldout(settings.heldout_size, seed=seed, step=step)),
+            step=step,
+        )
+        self.disc_version = step + 1
+        return {**metrics[0], "buffer": await self.buffer.stats.remote()}
+
+    def _draw(self, rollouts: pa.Table, step: int) -> pa.Table:
+        settings = self.config.discriminator
+        return self.demonstrations.draw(
+            rollouts.num_rows,
+            prompts=rollouts["prompt_id"].to_pylist(),
+            paired=settings.pair_demonstrations,
+            seed=self.config.run.seed,
+            step=step,
+        )
+
+    # Before, between and after
+
+    async def warm_up(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """Train the discriminator on base rollouts until it is good enough, and publish version 0."""
+        settings, run = self.config.discriminator, self.config.run
+        source = PromptSource(
+            self.splits.rollout_prompts(), self.renderer.encode, self.config.sampling.group_size, run.seed + 1
+        )
+        wanted = settings.batch_size * min(settings.warmup_max_steps, 16) + settings.heldout_size
+        prompts = max(1, min(len(source), -(-wanted // self.config.sampling.group_size)))
+        say(f"warming the discriminator up on {prompts * self.config.sampling.group_size} base rollouts")
+        rollouts = await self.generate(source.next(prompts, 0), 0)
+        metrics = await self.discriminator.call(
+            "warm_up",
+            timeout_s=settings.step_timeout_s,
+            rollouts=ray.put(rollouts),
+            demonstrations=ray.put(self.demonstrations.train),
+            heldout=ray.put(self.demonstrations.heldout),
+        )
+        self.disc_version = 0
+        return metrics[0]
+
+    async def sample(self, split: pa.Table, prompts: int, version_seed: int) -> pa.Table:
+        """Evaluation responses for up to `prompts` prompts of a split, as trajectories."""
+        settings = self.config.evaluation
+        requests = evaluation_requests(
+            first_prompts(split, prompts), self.renderer.encode, settings.samples_per_prompt, version_seed, settings.seed
+        )
+        return await self.fleet.sample(requests, {"temperature": settings.temperature, "top_p": settings.top_p})
+
+    async def human_nll(self, split: pa.Table, prompts: int) -> float:
+        """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
+        rows = first_prompts(split, prompts)
+        limit = self.config.sampling.max_tokens
+        answers = [
+            (self.renderer.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.renderer.end_id])[:limit]
+            for text in rows["response"].to_pylist()
+        ]
+        table = pa.table(
+            {
+                "group_id": rows["prompt_id"],
+                "prompt_ids": pa.array([self.renderer.encode(t) for t in rows["prompt_text"].to_pylist()],
+                                       pa.list_(pa.int32())),
+                "response_ids": pa.array(answers, pa.list_(pa.int32())),
+            }
+        )  # fmt: skip
+        timeout = self.config.learner.step_timeout_s
+        return (await self.learner.call("mean_nll", timeout_s=timeout, table=ray.put(table)))[0]
+
+    async def export(self, folder: Path) -> None:
+        """Write the policy as a plain Hugging Face folder."""
+        await self.learner.call("export", timeout_s=self.config.learner.step_timeout_s, folder=str(folder))
+
+    async def save(self, folder: Path) -> dict[str, Any]:
+        """Write every process's state into `folder`; returns what belongs into the checkpoint's own state."""
+        timeout = self.config.learner.step_timeout_s
+        await asyncio.gather(
+            self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner")),
+            self.discriminator.call("save", timeout_s=timeout, folder=str(folder / "discriminator")),
+            _answer(self.buffer.dump.remote(str(folder / "buffer.parquet"))),
+        )
+        return {"policy_version": self.policy_version, "disc_version": self.disc_version}
+
+    async def load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Continue from `save`: the learner's weights go out to the workers, the discriminator's to the store."""
+        timeout = self.config.learner.step_timeout_s
+        self.policy_version, self.disc_version = state["policy_version"], state["disc_version"]
+        await asyncio.gather(
+            self.learner.call("load", timeout_s=timeout, folder=str(folder / "learner")),
+            self.discriminator.call(
+                "load", timeout_s=timeout, folder=str(folder / "discriminator"), version=self.disc_version
+            ),
+            _answer(self.buffer.load.remote(str(folder / "buffer.parquet"))),
+        )
+        await self.sync(self.policy_version)
+
+    async def memory(self) -> dict[str, float]:
+        """Resident memory by process in MiB."""
+        found: dict[str, float] = {}
+        for group in (self.learner, self.discriminator):
+            for rank, memory in enumerate(await group.call("memory", timeout_s=30.0)):
+                found |= {f"{group.role}_{rank}_{name}": value for name, value in memory.items()}
+        return found
+
+    # Weight sync and repair
+
+    async def _connect(self) -> None:
+        await self.learner.call(
+            "connect",
+            timeout_s=self.config.rollout.sync_timeout_s + 30,
+            workers=self.fleet.actors,
+            worlds=[info["world_size"] for info in self.fleet.info],
+        )
+
+    async def _sync(self) -> dict[str, float]:
+        while True:
+            answer = (
+                await self.learner.call(
+                    "sync", timeout_s=2 * self.config.rollout.sync_timeout_s, version=self.policy_version
+                )
+            )[0]
+            if not answer.pop("failed"):
+                workers = await self.fleet.timings()
+                slowest = {key: max(timing[key] for timing in workers) for key in workers[0]}
+                return {**answer, **{f"worker_{key}": value for key, value in slowest.items()}}
+            await self._replace(FleetError(answer["error"], list(range(len(self.fleet.actors)))))
+
+    async def _mend(self, error: FleetError) -> None:
+        """Replace failed workers and bring them up to the current version."""
+        async with self._mending:
+            await self._replace(error)
+            await self._sync()
+
+    async def _replace(self, error: FleetError) -> None:
+        self.replacements += 1
+        if self.replacements > self.config.rollout.max_replacements:
+            raise RuntimeError(
+                f"rollout workers were replaced {self.config.rollout.max_replacements} times "
+                f"(rollout.max_replacements); the last failure: {error}"
+            ) from error
+        await self.fleet.replace(error.workers)
+        await self._connect()
+
+
+async def _answer(ref: Any) -> Any:
+    return await ref
+
+
+def first_prompts(split: pa.Table, prompts: int) -> pa.Table:
+    """Rows of the first `prompts` prompts of a split by prompt id (a hash, hence an arbitrary but fixed choice)."""
+    ordered = split.sort_by("prompt_id")
+    wanted: dict[str, None] = {}
+    keep = []
+    for row, identifier in enumerate(ordered["prompt_id"].to_pylist()):
+        if identifier in wanted or len(wanted) < prompts:
+            wanted[identifier] = None
+            keep.append(row)
+    return ordered.take(keep)
