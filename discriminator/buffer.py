@@ -1,7 +1,8 @@
 """Replay buffer of rollouts: Arrow tables, bounded in bytes and in age, sampled deterministically.
 
-Protocol: `add` takes the trajectories of one step and ignores a step it has already taken, so a repeated delivery is
-harmless. A sample is a function of (content, n, step, seed, settings): not of the order of arrival.
+Protocol: `add` takes the trajectories of one step and ignores a step it has already taken, so a repeated
+delivery is harmless. A sample is a function of (content, n, step, seed, settings): not of the order of
+arrival.
 """
 
 import json
@@ -40,6 +41,9 @@ class ReplayBuffer:
         self.sampled = 0
         self.repeated = 0
         self._tables: dict[int, pa.Table] = {}
+        # Kept beside the tables: the same rows read back from Parquet may take a few bytes more or less, and
+        # a resumed run must evict what an unbroken one does.
+        self._sizes: dict[int, int] = {}
         self._seen: set[int] = set()
         self._newest_version = 0
 
@@ -62,6 +66,7 @@ class ReplayBuffer:
         self.added += table.num_rows
         if table.num_rows:
             self._tables[step] = table.replace_schema_metadata(None).combine_chunks()
+            self._sizes[step] = self._tables[step].nbytes
             self._newest_version = max(self._newest_version, pc.max(table["policy_version"]).as_py())
             self._evict()
         return True
@@ -77,10 +82,10 @@ class ReplayBuffer:
     ) -> pa.Table:
         """Draw up to n rows without replacement, ordered by trajectory_id.
 
-        Fresh rows are those of the newest step held that is not after `step`; the others before it are replay. Where
-        one side is short the other fills in. Rows of a side are stratified by prompt: no prompt gives two rows more
-        than another that still has some. Replayed rows weigh 2^(-age / recency) (weighted sampling without
-        replacement by exponential keys; Efraimidis, Spirakis 2006).
+        Fresh rows are those of the newest step held that is not after `step`; the others before it are
+        replay. Where one side is short the other fills in. Rows of a side are stratified by prompt: no prompt
+        gives two rows more than another that still has some. Replayed rows weigh 2^(-age / recency) (weighted
+        sampling without replacement by exponential keys; Efraimidis, Spirakis 2006).
 
         Raises:
             LookupError: nothing is held up to `step`.
@@ -129,7 +134,7 @@ class ReplayBuffer:
         steps = sorted(self._tables)
         table = pa.concat_tables([self._tables[s] for s in steps]) if steps else schema_only
         state = {
-            "tables": [[s, self._tables[s].num_rows] for s in steps],
+            "tables": [[s, self._tables[s].num_rows, self._sizes[s]] for s in steps],
             "seen": sorted(self._seen),
             "newest_version": self._newest_version,
             "counters": {name: getattr(self, name) for name in _COUNTERS},
@@ -149,9 +154,10 @@ class ReplayBuffer:
             raise ValueError(f"{path} is not a dump of a replay buffer")
         state: dict[str, Any] = json.loads(metadata[STATE_KEY])
         table = table.replace_schema_metadata(None)
-        self._tables, begin = {}, 0
-        for step, rows in state["tables"]:
+        self._tables, self._sizes, begin = {}, {}, 0
+        for step, rows, size in state["tables"]:
             self._tables[step] = _copy(table.slice(begin, rows))
+            self._sizes[step] = size
             begin += rows
         self._seen = set(state["seen"])
         self._newest_version = state["newest_version"]
@@ -162,7 +168,7 @@ class ReplayBuffer:
         return sum(t.num_rows for t in self._tables.values())
 
     def _bytes(self) -> int:
-        return sum(t.nbytes for t in self._tables.values())
+        return sum(self._sizes.values())
 
     def _weights(self, table: pa.Table, half_life: float) -> NDArray[np.float64]:
         if half_life == 0:
@@ -179,20 +185,22 @@ class ReplayBuffer:
         while (excess := self._bytes() - self.config.max_bytes) > 0:
             step = min(self._tables)
             table = self._tables[step]
-            # Whole steps go first; of the last one left, as many trailing rows stay as fit by their mean size.
+            # Whole steps go first; of the last one left, as many trailing rows stay as fit by their mean
+            # size.
             rows = (
                 0
                 if len(self._tables) > 1
-                else max(0, table.num_rows - 1 - int(excess * table.num_rows / table.nbytes))
+                else max(0, table.num_rows - 1 - int(excess * table.num_rows / self._sizes[step]))
             )
             self.evicted_bytes += table.num_rows - rows
             self._replace(step, table, _copy(table.slice(table.num_rows - rows)))
 
     def _replace(self, step: int, before: pa.Table, after: pa.Table) -> None:
         if after.num_rows == 0:
-            del self._tables[step]
+            del self._tables[step], self._sizes[step]
         elif after.num_rows < before.num_rows:
             self._tables[step] = after
+            self._sizes[step] = after.nbytes
 
 
 _COUNTERS = ("added", "evicted_age", "evicted_bytes", "sampled", "repeated")

@@ -1,12 +1,13 @@
 """One spelling for both sides: demonstrations and rollouts reach the discriminator through this module only.
 
-Invariant: the token ids are a function of (prompt text, response text, complete) and of nothing else, so identical
-text gives identical ids whichever side it comes from. A response is normalised (Unicode, whitespace), encoded apart
-from its prompt with the discriminator's own tokenizer, cut at one limit for both sides, and ends with EOS exactly when
-it is complete: a rollout that stopped by itself, a demonstration that was not cut.
+Invariant: the token ids are a function of (prompt text, response text, complete) and of nothing else, so
+identical text gives identical ids whichever side it comes from. A response is normalised (Unicode,
+whitespace), encoded apart from its prompt with the discriminator's own tokenizer, cut at one limit for both
+sides, and ends with EOS exactly when it is complete: a rollout that stopped by itself, a demonstration that
+was not cut.
 
-Each canonical token remembers the characters it covers in the *raw* response text; `spread_to_sampled` carries
-per-token numbers from there to the tokens that were sampled.
+Each canonical token remembers the characters it covers in the *raw* response text; `spread_to_sampled`
+carries per-token numbers from there to the tokens that were sampled.
 """
 
 import bisect
@@ -37,7 +38,8 @@ _LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
 @dataclass(frozen=True)
 class NormalText:
-    """Normalised text; character i came from raw characters starts[i] up to ends[i] (ends do not decrease)."""
+    """Normalised text; character i came from raw characters starts[i] up to ends[i] (ends do not
+    decrease)."""
 
     text: str
     starts: list[int]
@@ -48,7 +50,8 @@ class NormalText:
 class Encoded:
     """One canonical (prompt, response). Spans are in raw response characters, one per response id.
 
-    `complete` tells whether the response ends with EOS; its EOS has the empty span at the end of the raw text.
+    `complete` tells whether the response ends with EOS; its EOS has the empty span at the end of the raw
+    text.
     """
 
     prompt_ids: list[int]
@@ -60,8 +63,8 @@ class Encoded:
 def normalise(raw: str, config: CanonicalConfig, *, complete: bool = True) -> NormalText:
     """Normalised response text with its map back to the raw characters.
 
-    A cut response additionally loses trailing replacement characters: they are bytes of a character that the limit
-    split, not text.
+    A cut response additionally loses trailing replacement characters: they are bytes of a character that the
+    limit split, not text.
     """
     chars, starts, ends = (
         _compose(raw)
@@ -87,7 +90,8 @@ def normalise(raw: str, config: CanonicalConfig, *, complete: bool = True) -> No
 
 
 def _compose(raw: str) -> tuple[list[str], list[int], list[int]]:
-    """NFC with character map. Text is split where no composition can reach across, and each piece composed alone."""
+    """NFC with character map. Text is split where no composition can reach across, and each piece composed
+    alone."""
     if unicodedata.is_normalized("NFC", raw):
         return list(raw), [*range(len(raw))], [*range(1, len(raw) + 1)]
     chars: list[str] = []
@@ -110,7 +114,8 @@ def _compose(raw: str) -> tuple[list[str], list[int], list[int]]:
 
 
 def _joins_backwards(char: str) -> bool:
-    """Whether NFC may merge or reorder this character with those before it: marks, and Hangul vowels and finals."""
+    """Whether NFC may merge or reorder this character with those before it: marks, and Hangul vowels and
+    finals."""
     return unicodedata.category(char)[0] == "M" or 0x1160 <= ord(char) <= 0x11FF
 
 
@@ -172,8 +177,8 @@ class Canonicaliser:
         self.max_prompt = min(config.max_prompt_tokens or context, context - self.max_response)
         if self.max_response < 1 or self.max_prompt < 2:
             raise ValueError(
-                f"discriminator.canonical leaves {self.max_prompt} prompt and {self.max_response} response tokens "
-                f"of a context of {context}"
+                f"discriminator.canonical leaves {self.max_prompt} prompt and {self.max_response} response "
+                f"tokens of a context of {context}"
             )
         self._suffix = [int(tokenizer.sep_token_id)] if encoder and tokenizer.sep_token_id is not None else []
         self._prefix = self._start_tokens()
@@ -204,7 +209,8 @@ class Canonicaliser:
         return Encoded(self.encode_prompt(prompt_text), ids, spans, complete)
 
     def encode_prompt(self, prompt_text: str) -> list[int]:
-        """Ids of a rendered prompt, special tokens in its text included; the last ones when it is too long."""
+        """Ids of a rendered prompt, special tokens in its text included; the last ones when it is too
+        long."""
         if self._last_prompt is None or self._last_prompt[0] != prompt_text:
             ids = self.tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
             if self._prefix and list(ids[: len(self._prefix)]) == self._prefix:
@@ -239,8 +245,9 @@ def spread_to_sampled(
         token_ends: per sampled token, characters of the raw text that are complete after it (not decreasing).
 
     Returns:
-        float64 of len(token_ends): each value stands at the first sampled token after which its span is complete.
-        An empty span (EOS) belongs to the last sampled token, and so does a span that none completes.
+        float64 of len(token_ends): each value stands at the first sampled token after which its span is
+        complete. An empty span (EOS) belongs to the last sampled token, and so does a span that none
+        completes.
 
     Raises:
         ValueError: lengths disagree, or there is no sampled token to receive the values.
@@ -287,7 +294,7 @@ def prepare_demonstrations(
         ids = policy_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         cut = len(ids) + 1 > max_tokens
         if cut:
-            text = policy_tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
+            text = str(policy_tokenizer.decode(ids[:max_tokens], skip_special_tokens=True))
         texts.append(text)
         reasons.append("length" if cut else "stop")
     return pa.table(

@@ -19,20 +19,22 @@ class CanonicalConfig(Section):
     """Unicode normalisation of responses. `off` lets a decomposed accent tell the sides apart."""
 
     whitespace: Literal["collapse", "outer", "off"] = "collapse"
-    """`outer` strips both ends and makes every line end a newline. `collapse` also turns each run of blanks into one
-    space, drops blanks beside newlines and keeps at most one empty line; use `outer` where indentation means
-    something (code)."""
+    """`outer` strips both ends and makes every line end a newline. `collapse` also turns each run of blanks
+    into one space, drops blanks beside newlines and keeps at most one empty line; use `outer` where
+    indentation means something (code)."""
 
     max_prompt_tokens: PositiveInt | None = None
-    """Discriminator tokens of a prompt that are read, counted from its end (None: what the context leaves)."""
+    """Discriminator tokens of a prompt that are read, counted from its end (None: what the context
+    leaves)."""
 
     max_response_tokens: PositiveInt | None = None
-    """Discriminator tokens of a response that are read; a longer one is judged as cut, on either side (None: half
-    of the body's context)."""
+    """Discriminator tokens of a response that are read; a longer one is judged as cut, on either side (None:
+    half of the body's context)."""
 
 
 class HealthConfig(Section):
-    """Bands of the health gate. Both numbers are measured on held-out demonstrations against fresh rollouts."""
+    """Bands of the health gate. Both numbers are measured on held-out demonstrations against fresh
+    rollouts."""
 
     enabled: bool = True
     """Off: every policy step gets `steps_per_policy_step` discriminator steps."""
@@ -47,13 +49,15 @@ class HealthConfig(Section):
     """From here on it makes none, until the accuracy is below `slow_accuracy` again."""
 
     slow_margin: PositiveFloat = 6.0
-    """Margin (mean score of demonstrations minus that of rollouts, in logits) that slows the discriminator."""
+    """Margin (mean score of demonstrations minus that of rollouts, in logits) that slows the
+    discriminator."""
 
     pause_margin: PositiveFloat = 10.0
     """Margin that pauses it, until it is below `slow_margin` again."""
 
     slow_saturation: Fraction = 0.9
-    """Share of sequence probabilities outside [.01, .99] that slows the discriminator: rewards have gone flat."""
+    """Share of sequence probabilities outside [.01, .99] that slows the discriminator: rewards have gone
+    flat."""
 
     extra_steps: NonNegativeInt = 1
     """Steps added per policy step while the accuracy is below `low_accuracy`."""
@@ -88,20 +92,11 @@ class RewardConfig(Section):
     """How a score becomes a reward."""
 
     form: RewardForm = "neg_log_one_minus_d"
-    """Reward form. At the sequence level only `neg_log_one_minus_d` kept all modes of the calibration language;
-    per token with gamma .25 `logit` and `prob` did too, and `log_d` did not."""
-
-    gamma: Fraction | None = None
-    """Discount of the return (None: 1 at the sequence level, .25 per token)."""
+    """Reward form. At the sequence level only `neg_log_one_minus_d` kept all modes of the calibration
+    language; per token with gamma .25 `logit` and `prob` did too, and `log_d` did not."""
 
     clip: PositiveFloat = 5.0
     """Rewards are clipped to [-clip, clip]."""
-
-    def discount(self, level: Level) -> float:
-        """The discount in force at a level."""
-        if self.gamma is not None:
-            return self.gamma
-        return 1.0 if level == "sequence" else 0.25
 
 
 class ScoringConfig(Section):
@@ -127,6 +122,12 @@ class ScoringConfig(Section):
 
     http: bool = False
     """Serve `POST /v1/score` too."""
+
+    http_host: str = "127.0.0.1"
+    """Address that HTTP listens on."""
+
+    http_port: PositiveInt = 8000
+    """Port that HTTP listens on."""
 
     http_token: str = "RLGAF_SCORE_TOKEN"
     """Name of the environment variable that holds the bearer token; http without it is an error."""
@@ -160,10 +161,12 @@ class DiscriminatorConfig(OptimizerConfig):
     """Peak learning rate. Keep it above the policy's: equal rates and one discriminator step collapse."""
 
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay. Keeps an over-fitted discriminator from making the policy copy demonstrations."""
+    """Decoupled weight decay. Keeps an over-fitted discriminator from making the policy copy
+    demonstrations."""
 
     head_gain: PositiveFloat = 10.0
-    """The head's output is multiplied by this: AdamW then moves the new head that many times faster than the body."""
+    """The head's output is multiplied by this: AdamW then moves the new head that many times faster than the
+    body."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the score head, in training only."""
@@ -172,7 +175,8 @@ class DiscriminatorConfig(OptimizerConfig):
     """Compute a prompt once for all its responses (causal bodies with full attention; others are refused)."""
 
     pack_length: PositiveInt = 512
-    """Rows of a packed batch are filled up to this many tokens (or the longest single prompt plus response)."""
+    """Rows of a packed batch are filled up to this many tokens (or the longest single prompt plus
+    response)."""
 
     micro_batch_tokens: PositiveInt = 4096
     """Most tokens, padding included, in one forward and backward pass."""
@@ -190,11 +194,12 @@ class DiscriminatorConfig(OptimizerConfig):
     """Discriminator steps per policy step, before the health gate."""
 
     batch_size: PositiveInt = 64
-    """Rollouts in one discriminator step. Demonstrations and rollouts weigh half each, whatever their counts."""
+    """Rollouts in one discriminator step. Demonstrations and rollouts weigh half each, whatever their
+    counts."""
 
     pair_demonstrations: bool = True
-    """Take the demonstrations of the very prompts in the batch, which share the prompt's computation (off: as many
-    demonstrations as rollouts, drawn from all)."""
+    """Take the demonstrations of the very prompts in the batch, which share the prompt's computation (off: as
+    many demonstrations as rollouts, drawn from all)."""
 
     min_demonstrations: PositiveInt = 16
     """With pairing: demonstrations of other prompts are added where the batch's own are fewer than this."""

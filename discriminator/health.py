@@ -7,9 +7,9 @@ A discriminator that wins everything gives flat rewards, one that loses gives no
     SLOW   accuracy, margin or saturation high     1
     PAUSED accuracy or margin at the pause bound   0, until accuracy and margin are below the *slow* bounds
 
-PAUSED never goes to SLOW: one step at a bound still exceeded would push the discriminator back over it, and the
-gate would oscillate between the two. PAUSED never goes to BOOST either: a discriminator that stood still while
-the policy moved may measure low once; it gets an ordinary step and is judged again.
+PAUSED never goes to SLOW: one step at a bound still exceeded would push the discriminator back over it, and
+the gate would oscillate between the two. PAUSED never goes to BOOST either: a discriminator that stood still
+while the policy moved may measure low once; it gets an ordinary step and is judged again.
 """
 
 from collections import deque

@@ -1,8 +1,9 @@
 """Discriminator losses: plain functions of scores and sides.
 
-A demonstration has target 1 - label_smoothing, a rollout 0 (one-sided smoothing; Salimans et al. 2016, sec. 3.4).
-Each response carries a weight; the weights of a step's demonstrations sum to 1/2 and those of its rollouts to 1/2, over
-all micro-batches and ranks. Losses and metrics are sums with these weights, so the parts of a step add up to the step.
+A demonstration has target 1 - label_smoothing, a rollout 0 (one-sided smoothing; Salimans et al. 2016, sec.
+3.4). Each response carries a weight; the weights of a step's demonstrations sum to 1/2 and those of its
+rollouts to 1/2, over all micro-batches and ranks. Losses and metrics are sums with these weights, so the
+parts of a step add up to the step.
 """
 
 import torch
@@ -17,7 +18,8 @@ SATURATED_LOGIT = 4.59511985
 
 
 def balanced_weights(is_demonstration: Tensor) -> Tensor:
-    """float32 [R]: 1/2 shared by the demonstrations, 1/2 by the rollouts of a whole step, whatever their counts.
+    """float32 [R]: 1/2 shared by the demonstrations, 1/2 by the rollouts of a whole step, whatever their
+    counts.
 
     Raises:
         ValueError: a side is empty.
@@ -65,7 +67,7 @@ def bce(
         per_response = zeros.index_add(0, response, per_token) / counts
     loss = (weight * per_response).sum()
     sums = side_metrics(sequence.detach(), is_demonstration, weight) | {"loss": loss.detach()}
-    return LossOutput(loss, sums)
+    return LossOutput(loss, sums, {})
 
 
 def _cross_entropy(scores: Tensor, is_demonstration: Tensor, label_smoothing: float) -> Tensor:
@@ -76,8 +78,8 @@ def _cross_entropy(scores: Tensor, is_demonstration: Tensor, label_smoothing: fl
 def side_metrics(sequence: Tensor, is_demonstration: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """Weighted sums over [R] sequence scores that become, added up over a step:
 
-    accuracy_demonstration, accuracy_rollout, accuracy (balanced), score_demonstration and score_rollout (means),
-    margin (their difference) and saturation (balanced share of D outside [.01, .99]).
+    accuracy_demonstration, accuracy_rollout, accuracy (balanced), score_demonstration and score_rollout
+    (means), margin (their difference) and saturation (balanced share of D outside [.01, .99]).
     """
     on_demonstration = 2 * weight * is_demonstration
     on_rollout = 2 * weight * ~is_demonstration

@@ -1,11 +1,12 @@
 """The discriminator: a transformer body and a score head.
 
-A causal body gives one score per response token, read after that token; the last one is the sequence score. Responses
-to one prompt share its computation (packed rows). A bidirectional body reads a whole response at once: its mean-pooled
-score is the sequence score, given to each of the response's tokens, and only the sequence level may use it.
+A causal body gives one score per response token, read after that token; the last one is the sequence score.
+Responses to one prompt share its computation (packed rows). A bidirectional body reads a whole response at
+once: its mean-pooled score is the sequence score, given to each of the response's tokens, and only the
+sequence level may use it.
 
-Everything that has weights is used inside `forward`, so that ZeRO-3 can gather it there. The head computes in fp32
-whatever the dtype of the body.
+Everything that has weights is used inside `forward`, so that ZeRO-3 can gather it there. The head computes in
+fp32 whatever the dtype of the body.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ class Discriminator(nn.Module):
         self.implementation = implementation
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, 1, dtype=torch.float32)
-        # Near zero: an untrained discriminator takes everything for a coin toss instead of giving random rewards.
+        # Near zero: an untrained discriminator takes everything for a coin toss instead of giving random
+        # rewards.
         nn.init.normal_(self.head.weight, std=1.0 / (gain * hidden))
         nn.init.zeros_(self.head.bias)
 
@@ -90,7 +92,8 @@ class Discriminator(nn.Module):
 
     def _score(self, states: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            # Without scale of their own the states of different bodies and layers would need different head rates.
+            # Without scale of their own the states of different bodies and layers would need different head
+            # rates.
             normed = functional.rms_norm(states.float(), states.shape[-1:])
             # Cast here too: an engine may have moved the whole module to bf16.
             weight, bias = self.head.weight.float(), self.head.bias.float()
@@ -112,7 +115,8 @@ def body_kind(config: "PreTrainedConfig", requested: Literal["auto", "causal", "
     found: BodyKind = "causal" if causal else "encoder"
     if requested not in ("auto", found) and heads:
         raise ValueError(
-            f'{config.name_or_path}: discriminator.body = "{requested}", but {heads[0]} is of kind "{found}"; use "auto"'
+            f'{config.name_or_path}: discriminator.body = "{requested}", but {heads[0]} is of kind '
+            f'"{found}"; use "auto"'
         )
     return found if requested == "auto" else requested
 
@@ -158,7 +162,8 @@ def load_discriminator(
     kind = body_kind(shape, config.body)
     if kind == "encoder" and config.level == "token":
         raise ValueError(
-            f'{model} is bidirectional: discriminator.level = "token" would score prefixes that saw the future'
+            f'{model} is bidirectional: discriminator.level = "token" would score prefixes that '
+            "saw the future"
         )
     implementation = attention_implementation(device) if kind == "causal" else "sdpa"
     body = AutoModel.from_pretrained(
@@ -168,8 +173,8 @@ def load_discriminator(
         context = load_canonicaliser(config, model)
         if context.max_prompt + context.max_response > limit:
             raise ValueError(
-                f"{model} attends to {limit} tokens only: limit discriminator.canonical.max_prompt_tokens and "
-                "max_response_tokens to that sum, or set discriminator.packing = false"
+                f"{model} attends to {limit} tokens only: limit discriminator.canonical.max_prompt_tokens "
+                "and max_response_tokens to that sum, or set discriminator.packing = false"
             )
     if getattr(body, "pooler", None) is not None:
         body.pooler = None  # not used here, and a weight without a gradient upsets ZeRO
@@ -190,7 +195,8 @@ def load_discriminator(
 
 
 def group_encoded(encoded: Sequence[Encoded]) -> list[Group]:
-    """Groups of equal prompts. Row numbers count the responses, so `PackedBatch.trajectory` indexes `encoded`."""
+    """Groups of equal prompts. Row numbers count the responses, so `PackedBatch.trajectory` indexes
+    `encoded`."""
     numbers: dict[tuple[int, ...], int] = {}
     keys = [numbers.setdefault(tuple(e.prompt_ids), len(numbers)) for e in encoded]
     return make_groups(
@@ -208,7 +214,8 @@ def batches_of(
 
 
 def responses_in(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Which response of the batch each token belongs to ([N], counted from 0) and each response's last token ([B])."""
+    """Which response of the batch each token belongs to ([N], counted from 0) and each response's last token
+    ([B])."""
     change = batch.trajectory[1:] != batch.trajectory[:-1]
     first = torch.zeros(1, dtype=torch.int64, device=change.device)
     response = torch.cat([first, change.to(torch.int64).cumsum(0)])

@@ -27,12 +27,14 @@ def logit(score: Array) -> Array:
 
 
 def log_d(score: Array) -> Array:
-    """log D = -log(1 + exp(-s)), never positive (the generator's non-saturating gain; Goodfellow et al. 2014, sec. 3)."""
+    """log D = -log(1 + exp(-s)), never positive (the generator's non-saturating gain; Goodfellow et al. 2014,
+    sec. 3)."""
     return -np.logaddexp(0.0, -score)
 
 
 def neg_log_one_minus_d(score: Array) -> Array:
-    """-log(1 - D) = log(1 + exp(s)), never negative (GAIL; Ho, Ermon 2016, eq. 16, D for the expert's side)."""
+    """-log(1 - D) = log(1 + exp(s)), never negative (GAIL; Ho, Ermon 2016, eq. 16, D for the expert's
+    side)."""
     return np.logaddexp(0.0, score)
 
 
@@ -70,8 +72,9 @@ def token_rewards(
         scores: per canonical token, the last one being the sequence score.
         spans: the canonical tokens' character spans in the raw response text.
         token_ends: per sampled token, the characters of the raw text complete after it.
-        level: "sequence" puts the reward of the sequence score on the last sampled token; "token" puts the reward of
-            every prefix on the sampled token that completes it (several prefixes completed by one token add up).
+        level: "sequence" puts the reward of the sequence score on the last sampled token; "token" puts the
+            reward of every prefix on the sampled token that completes it (several prefixes completed by one
+            token add up).
         config: form and clip.
 
     Returns:

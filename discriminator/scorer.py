@@ -1,9 +1,9 @@
 """Scoring by version: what a scoring replica holds and does.
 
-Protocol: `ensure(version, fetch)` makes a version present, and `score(version, ...)` answers with that version or not
-at all. Two versions are held, so requests that name the previous one are still served while the next one arrives. The
-weights are checked against their checksum before they are used. A response's scores do not depend on what else is
-scored with it.
+Protocol: `ensure(version, fetch)` makes a version present, and `score(version, ...)` answers with that
+version or not at all. Two versions are held, so requests that name the previous one are still served while
+the next one arrives. The weights are checked against their checksum before they are used. A response's scores
+do not depend on what else is scored with it.
 """
 
 import threading
@@ -34,8 +34,8 @@ Fetch = Callable[[int], tuple[str, State]]
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """Scores (float32) of one response's canonical tokens, the last one being the sequence score, and their spans in
-    the raw response text. An encoder gives its one score to every token."""
+    """Scores (float32) of one response's canonical tokens, the last one being the sequence score, and their
+    spans in the raw response text. An encoder gives its one score to every token."""
 
     scores: NDArray[np.float32]
     spans: list[Span]
@@ -84,7 +84,8 @@ class Scorer:
             checksum, state = fetch(version)
             if (found := state_checksum(state)) != checksum:
                 raise ChecksumMismatch(
-                    f"discriminator version {version} arrived with checksum {found[:12]}, published was {checksum[:12]}"
+                    f"discriminator version {version} arrived with checksum {found[:12]}, "
+                    f"published was {checksum[:12]}"
                 )
             if len(self._modules) < KEPT:
                 module = load_discriminator(
@@ -142,7 +143,8 @@ def _load(module: Discriminator, state: State, version: int) -> None:
     if wanted != set(state):
         odd = sorted(wanted ^ set(state))
         raise ValueError(
-            f"discriminator version {version} belongs to another architecture: {len(odd)} weights differ, e.g. {odd[0]}"
+            f"discriminator version {version} belongs to another architecture: {len(odd)} weights differ, "
+            f"e.g. {odd[0]}"
         )
     for name, parameter in module.named_parameters():
         if parameter.shape != state[name].shape:

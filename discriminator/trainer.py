@@ -1,12 +1,12 @@
 """The discriminator's training step: rollouts and demonstrations in, published versions out.
 
-Every rank is given the same whole tables and takes its share of them by a rule that all ranks compute alike. What a
-step draws depends on (seed, step, tables) only, so a resumed run repeats an unbroken one.
+Every rank is given the same whole tables and takes its share of them by a rule that all ranks compute alike.
+What a step draws depends on (seed, step, tables) only, so a resumed run repeats an unbroken one.
 
     warm_up -> publish (version 0) -> [ evaluate -> update -> publish ] ...
 
-`evaluate` feeds the health gate, which decides how many steps the next `update` makes; with none, `publish` gives the
-old version again.
+`evaluate` feeds the health gate, which decides how many steps the next `update` makes; with none, `publish`
+gives the old version again.
 """
 
 import json
@@ -14,6 +14,7 @@ import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -140,8 +141,8 @@ class DiscriminatorTrainer:
             step: the policy step; the draw depends on it.
 
         Returns:
-            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; `steps` and `health` (-1
-            boost, 0 train, 1 slow, 2 paused). Only the last two when there was no step.
+            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; `steps` and
+            `health` (-1 boost, 0 train, 1 slow, 2 paused). Only the last two when there was no step.
         """
         allowed = self.gate.allowed_steps()
         history = [
@@ -155,9 +156,9 @@ class DiscriminatorTrainer:
         """Judge held-out demonstrations against fresh rollouts, and tell the health gate.
 
         Returns:
-            accuracy (balanced), accuracy_demonstration, accuracy_rollout, score_demonstration, score_rollout, margin,
-            saturation, and calibration: the expected calibration error of D over ten equal bins (Guo et al. 2017,
-            eq. 3) with both sides weighing half.
+            accuracy (balanced), accuracy_demonstration, accuracy_rollout, score_demonstration, score_rollout,
+            margin, saturation, and calibration: the expected calibration error of D over ten equal bins (Guo
+            et al. 2017, eq. 3) with both sides weighing half.
         """
         metrics = self._evaluate(heldout, rollouts)
         reading = HealthReading(metrics["accuracy"], metrics["margin"], metrics["saturation"])
@@ -180,7 +181,9 @@ class DiscriminatorTrainer:
             self.version += 1
             self._published_updates = self.trainable.updates
         state: dict[str, Tensor] = {}
-        layers = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(self.module)}
+        layers: dict[str, Any] = {
+            f"{name}.base_layer.weight": layer for name, layer in lora.adapters(self.module)
+        }
         for name, parameter in self.module.named_parameters():
             plain = lora.merged_name(name)
             if plain is None:
@@ -246,8 +249,8 @@ class DiscriminatorTrainer:
         return self.trainable.step(batches, loss)
 
     def _plan(self, rollouts: pa.Table, steps: int, step: int) -> list[NDArray[np.int64]]:
-        """Rows of each step's rollouts: whole passes in shuffled order of prompts, so that batches share prefixes and
-        every rollout is used about equally often."""
+        """Rows of each step's rollouts: whole passes in shuffled order of prompts, so that batches share
+        prefixes and every rollout is used about equally often."""
         if steps == 0:
             return []
         if rollouts.num_rows == 0:
@@ -267,7 +270,8 @@ class DiscriminatorTrainer:
     def _draw_demonstrations(
         self, rollouts: pa.Table, demonstrations: pa.Table, rng: np.random.Generator
     ) -> NDArray[np.int64]:
-        """Rows of the demonstrations of a step: those of the rollouts' prompts (paired), others where they are few."""
+        """Rows of the demonstrations of a step: those of the rollouts' prompts (paired), others where they
+        are few."""
         total = demonstrations.num_rows
         if total == 0:
             raise ValueError("the discriminator was given no demonstrations")

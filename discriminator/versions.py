@@ -1,7 +1,8 @@
 """Published discriminator versions: a store of the last two and the checksum that travels with each.
 
-Protocol: versions only grow. Publishing the same version with the same checksum again is harmless; with another
-checksum it is an error. A version that has left the store is gone, and the error says which ones exist.
+Protocol: versions only grow. Publishing the same version with the same checksum again is harmless; with
+another checksum it is an error. A version that has left the store is gone, and the error says which ones
+exist.
 """
 
 import hashlib
@@ -31,12 +32,13 @@ def state_checksum(state: "Mapping[str, torch.Tensor]") -> str:
     for name in sorted(state):
         tensor = state[name].detach().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class VersionStore:
-    """Holds the last two published versions; payloads are opaque to it (an object reference or a state dict)."""
+    """Holds the last two published versions; payloads are opaque to it (an object reference or a state
+    dict)."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self.kept = kept

@@ -34,12 +34,13 @@ def advantages(
     baseline: Literal["none", "batch", "group"],
     whiten: bool = False,
 ) -> torch.Tensor:
-    """Returns [N] minus a baseline: nothing, or the mean over the step's ("batch") or the prompt's ("group") trajectories.
+    """Returns [N] minus a baseline: nothing, or the mean over the step's ("batch") or the prompt's ("group")
+    trajectories.
 
-    That mean gives every trajectory the same weight, whatever its length: it averages each trajectory's mean return, so
-    with one reward at the end and gamma = 1 it is the mean reward of GRPO without the division by a standard deviation
-    (Liu et al. 2025, "Understanding R1-Zero-like training"). `groups` [trajectories] are integer ids. `whiten` centres and
-    divides by the standard deviation over the step's tokens.
+    That mean gives every trajectory the same weight, whatever its length: it averages each trajectory's mean
+    return, so with one reward at the end and gamma = 1 it is the mean reward of GRPO without the division by
+    a standard deviation (Liu et al. 2025, "Understanding R1-Zero-like training"). `groups` [trajectories] are
+    integer ids. `whiten` centres and divides by the standard deviation over the step's tokens.
     """
     lengths = offsets.diff()
     trajectory = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -61,7 +62,8 @@ def _sum_by(values: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def importance_weights(old: torch.Tensor, sampler: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """min(p_learner / p_sampler, cap) per token, detached; ones without a cap (Ionides 2008, "Truncated importance sampling")."""
+    """min(p_learner / p_sampler, cap) per token, detached; ones without a cap (Ionides 2008, "Truncated
+    importance sampling")."""
     if cap is None:
         return torch.ones_like(old)
     return (old - sampler).detach().exp().clamp(max=cap)

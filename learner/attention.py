@@ -1,7 +1,8 @@
 """Attention masks of packed rows: group prompt plus own response, causal.
 
-One rule, two forms: a dense additive mask for `sdpa` and a `BlockMask` for `flex_attention`, both handed to transformers
-as a prepared 4D mask, which its models take as it stands. Padding attends to itself so that no softmax row is empty.
+One rule, two forms: a dense additive mask for `sdpa` and a `BlockMask` for `flex_attention`, both handed to
+transformers as a prepared 4D mask, which its models take as it stands. Padding attends to itself so that no
+softmax row is empty.
 """
 
 import inspect
@@ -47,30 +48,41 @@ def attention_implementation(device: torch.device | str) -> str:
 
 
 def prepare_mask(batch: PackedBatch, implementation: str, dtype: torch.dtype) -> torch.Tensor | BlockMask:
-    """The batch's mask for a model loaded with `implementation`. Raises ValueError for one that takes no 4D mask."""
+    """The batch's mask for a model loaded with `implementation`. Raises ValueError for one that takes no 4D
+    mask."""
     if implementation == "flex_attention":
         return block_mask(batch)
     if implementation in ("sdpa", "eager"):
         return dense_mask(batch, dtype)
-    raise ValueError(f"packed rows run with sdpa, eager or flex_attention, not attn_implementation={implementation!r}")
+    raise ValueError(
+        f"packed rows run with sdpa, eager or flex_attention, not attn_implementation={implementation!r}"
+    )
 
 
 def longest_packable(config: PreTrainedConfig, body: nn.Module) -> int | None:
     """Longest prompt plus response that packing serves exactly, None for any.
 
-    A sliding window does no harm while it spans the whole sequence. Raises ValueError for models in which a position is
-    not given by `position_ids`, or which are not attention throughout.
+    A sliding window does no harm while it spans the whole sequence. Raises ValueError for models in which a
+    position is not given by `position_ids`, or which are not attention throughout.
     """
     remedy = "set packing = false for this model"
     if "position_ids" not in inspect.signature(body.forward).parameters or getattr(config, "alibi", False):
-        raise ValueError(f"{config.model_type} takes no position ids, which shared-prefix packing needs; {remedy}")
+        raise ValueError(
+            f"{config.model_type} takes no position ids, which shared-prefix packing needs; {remedy}"
+        )
     if not getattr(config, "is_causal", True):
-        raise ValueError(f"{config.model_type} attends in both directions, shared prefixes need causal attention; {remedy}")
+        raise ValueError(
+            f"{config.model_type} attends in both directions, shared prefixes need causal attention; {remedy}"
+        )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{config.model_type} has {', '.join(sorted(unknown))} layers, which cannot be packed; {remedy}")
+        raise ValueError(
+            f"{config.model_type} has {', '.join(sorted(unknown))} layers, which cannot be packed; {remedy}"
+        )
     if hasattr(config, "layers_block_type") or getattr(config, "attention_chunk_size", None):
-        raise ValueError(f"{config.model_type} is not full attention throughout and cannot be packed; {remedy}")
+        raise ValueError(
+            f"{config.model_type} is not full attention throughout and cannot be packed; {remedy}"
+        )
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds or (window and not getattr(config, "layer_types", None))
     return int(window) if slides and window and getattr(config, "use_sliding_window", True) else None

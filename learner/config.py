@@ -1,6 +1,7 @@
 """Configuration of the learner: ranks and ZeRO, optimizer, packing, advantages and losses.
 
-Reading this module imports neither torch nor DeepSpeed, so that a dry run can check a configuration on any machine.
+Reading this module imports neither torch nor DeepSpeed, so that a dry run can check a configuration on any
+machine.
 """
 
 from typing import Annotated, Literal
@@ -42,8 +43,9 @@ class OptimizerConfig(Section):
     """Compute threads per CPU rank (None: the node's cores divided by the ranks)."""
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the arithmetic. `auto`: the model's dtype on GPUs and on CPUs with AVX-512, else float32, because without it
-    bfloat16 matrix products are many times slower. Masters and optimizer states are fp32 in every case."""
+    """Dtype of the arithmetic. `auto`: the model's dtype on GPUs and on CPUs with AVX-512, else float32,
+    because without it bfloat16 matrix products are many times slower. Masters and optimizer states are fp32
+    in every case."""
 
     lr: PositiveFloat = 1e-5
     """Peak learning rate."""
@@ -73,7 +75,8 @@ class OptimizerConfig(Section):
     """Recompute activations in the backward pass: a third more arithmetic, far less memory."""
 
     start_timeout_s: PositiveFloat = 300.0
-    """Deadline for all ranks to come up (the first DeepSpeed use on a machine compiles for about a minute)."""
+    """Deadline for all ranks to come up (the first DeepSpeed use on a machine compiles for about a
+    minute)."""
 
     step_timeout_s: PositiveFloat = 1800.0
     """Deadline for one step, and for every collective inside it."""
@@ -82,7 +85,7 @@ class OptimizerConfig(Section):
     def _schedule_fits(self) -> "OptimizerConfig":
         if self.schedule_steps is not None and self.warmup_steps >= self.schedule_steps:
             raise ValueError(
-                f"warmup_steps = {self.warmup_steps} leaves nothing of schedule_steps = {self.schedule_steps}; "
+                f"warmup_steps = {self.warmup_steps} uses up all of schedule_steps = {self.schedule_steps}; "
                 "shorten the warm-up"
             )
         return self
@@ -92,12 +95,12 @@ class LearnerConfig(OptimizerConfig):
     """How scored trajectories become new policy weights."""
 
     packing: bool = True
-    """Compute a group's prompt once and share it among its responses. Needs full causal attention; a model without it is
-    refused with a message that asks to switch this off."""
+    """Compute a group's prompt once and share it among its responses. Needs full causal attention; a model
+    without it is refused with a message that asks to switch this off."""
 
     pack_length: PositiveInt = 512
-    """Rows of a packed batch are filled up to this many tokens (or the longest single prompt plus response). A group
-    that is longer is split over rows and its prompt computed once per row."""
+    """Longest packed row in tokens (a longer single prompt plus response still gets a row). A group that is
+    longer is split over rows and its prompt computed once per row."""
 
     micro_batch_tokens: PositiveInt = 4096
     """Most tokens, padding included, in one forward and backward pass; a single longer row still runs."""
@@ -120,8 +123,8 @@ class LearnerConfig(OptimizerConfig):
     clip_high: PositiveFloat = 0.2
     """PPO: ratios above 1 + clip_high earn nothing more."""
 
-    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Discount of later tokens' rewards in a token's return."""
+    gamma: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Discount of later tokens' rewards in a token's return (None: 1 with sequence-level rewards, .25 per token)."""
 
     baseline: Literal["none", "batch", "group"] = "batch"
     """What is subtracted from returns: nothing, the batch mean, or the mean over the prompt's group."""
@@ -142,7 +145,8 @@ class LearnerConfig(OptimizerConfig):
     """Weight of the entropy bonus."""
 
     importance_cap: PositiveFloat | None = 2.0
-    """Truncated importance sampling: weights of learner over sampler are capped here (None: no correction)."""
+    """Truncated importance sampling: weights of learner over sampler are capped here (None: no
+    correction)."""
 
     normalise: Literal["token", "sequence"] = "token"
     """Mean of the loss over the step's tokens, or over its sequences of each sequence's mean."""
@@ -154,19 +158,24 @@ class LearnerConfig(OptimizerConfig):
     def _consistent(self) -> "LearnerConfig":
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
-                'kl_estimator = "k1" has zero gradient in expectation as a loss; use "k2" or "k3", or kl_in = "reward"'
+                'kl_estimator = "k1" has zero gradient in expectation as a loss; use "k2" or "k3", '
+                'or kl_in = "reward"'
             )
         if self.kl_coef > 0 and self.kl_in == "reward" and self.kl_estimator != "k1":
             raise ValueError(
-                f'kl_in = "reward" with kl_estimator = "{self.kl_estimator}" has a biased gradient; set kl_estimator = "k1"'
+                f'kl_in = "reward" with kl_estimator = "{self.kl_estimator}" has a biased gradient; '
+                'set kl_estimator = "k1"'
             )
+        if self.lora.rank and self.zero_stage == 3:
+            raise ValueError("lora with zero_stage = 3 cannot be merged for the broadcast; use zero_stage = 1 or 2")
         if self.loss == "reinforce" and self.epochs * self.minibatches > 1:
             raise ValueError(
-                'loss = "reinforce" is on-policy: set epochs = 1 and minibatches = 1, or loss = "ppo_clip" to reuse samples'
+                'loss = "reinforce" is on-policy: set epochs = 1 and minibatches = 1, '
+                'or loss = "ppo_clip" to reuse samples'
             )
         if self.pack_length > self.micro_batch_tokens:
             raise ValueError(
-                f"pack_length = {self.pack_length} exceeds micro_batch_tokens = {self.micro_batch_tokens}; lower the first"
-                " or raise the second"
+                f"pack_length = {self.pack_length} exceeds micro_batch_tokens = {self.micro_batch_tokens}; "
+                "lower the first or raise the second"
             )
         return self

@@ -1,14 +1,17 @@
-"""Data-parallel training of one module with DeepSpeed ZeRO, so that any split of a step gives the same update.
+"""Data-parallel training of one module with DeepSpeed ZeRO, so that any split of a step gives the same
+update.
 
-A step is any number of micro-batches on any number of ranks, as many on each. The loss function weighs each item with
-its share of the whole step; losses of micro-batches and ranks then simply add up, and the result equals one unsplit batch
-on one rank. Two habits of DeepSpeed are undone for that: its fixed division by an accumulation number
-(`managed_gradient_accumulation = false`: we call `step`) and its mean over ranks (losses are scaled by their number).
+A step is any number of micro-batches on any number of ranks, as many on each. The loss function weighs each
+item with its share of the whole step; losses of micro-batches and ranks then simply add up, and the result
+equals one unsplit batch on one rank. Two habits of DeepSpeed are undone for that: its fixed division by an
+accumulation number (`managed_gradient_accumulation = false`: we call `step`) and its mean over ranks (losses
+are scaled by their number).
 
     model = TrainableModel(module, cfg, dtype=torch.float32)
     metrics = model.step(micro_batches, lambda module, batch: LossOutput(...))
 
-Every rank must call `step`, `save`, `load` and `gathered` together, and run the same number of forward passes.
+Every rank must call `step`, `save`, `load` and `gathered` together, and run the same number of forward
+passes.
 """
 
 import logging
@@ -37,7 +40,9 @@ ParamGroups = list[dict[str, Any]]
 def resolve_device(choice: str) -> torch.device:
     """`auto` is CUDA where there is a GPU. Raises ValueError when CUDA is asked for and absent."""
     if choice == "cuda" and not torch.cuda.is_available():
-        raise ValueError('device = "cuda", but this process sees no GPU; set device = "cpu" or give the rank a GPU')
+        raise ValueError(
+            'device = "cuda", but this process sees no GPU; set device = "cpu" or give the rank a GPU'
+        )
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     if choice == "cpu":
@@ -82,13 +87,16 @@ def default_param_groups(module: nn.Module, weight_decay: float) -> ParamGroups:
 
 
 def schedule_factor(cfg: OptimizerConfig, update: int) -> float:
-    """Learning-rate factor of optimizer update number `update` (from 0): linear warm-up, then the configured shape."""
+    """Learning-rate factor of optimizer update number `update` (from 0): linear warm-up, then the configured
+    shape."""
     if update < cfg.warmup_steps:
         return (update + 1) / cfg.warmup_steps
     if cfg.lr_schedule == "constant":
         return 1.0
     if cfg.schedule_steps is None:
-        raise ValueError(f'lr_schedule = "{cfg.lr_schedule}" needs schedule_steps, the number of updates until it ends')
+        raise ValueError(
+            f'lr_schedule = "{cfg.lr_schedule}" needs schedule_steps, the number of updates until it ends'
+        )
     done = min(1.0, (update - cfg.warmup_steps) / max(1, cfg.schedule_steps - cfg.warmup_steps))
     return 1.0 - done if cfg.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
@@ -120,7 +128,9 @@ class TrainableModel:
         ensure_process_group(self.device, cfg.step_timeout_s)
         deepspeed = _import_deepspeed(self.device)
         groups = param_groups or default_param_groups(module, cfg.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True
+        )
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module.to(self.device, dtype), optimizer=optimizer, config=self._deepspeed_config()
@@ -143,10 +153,11 @@ class TrainableModel:
     def step(
         self, micro_batches: Sequence[Batch], loss_fn: Callable[[nn.Module, Batch], LossOutput]
     ) -> dict[str, float]:
-        """One optimizer update from this rank's micro-batches. Returns sums and maxima over all of the step's micro-batches
-        and ranks, `grad_norm` (before clipping) and `lr`.
+        """One optimizer update from this rank's micro-batches. Returns sums and maxima over all of the step's
+        micro-batches and ranks, `grad_norm` (before clipping) and `lr`.
 
-        Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any more.
+        Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any
+        more.
         """
         self.engine.train()
         factor = schedule_factor(self.cfg, self.updates)
@@ -182,18 +193,20 @@ class TrainableModel:
 
     @contextmanager
     def gathered(self, params: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-        """Whole weights of `params` (None: all) on every rank inside this block, whatever the ZeRO stage. Read-only."""
+        """Whole weights of `params` (None: all) on every rank inside this block, whatever the ZeRO stage.
+        Read-only."""
         chosen = list(self.module.parameters() if params is None else params)
         if self.cfg.zero_stage < 3:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(chosen, modifier_rank=None):
+        with deepspeed.zero.GatheredParameters(chosen, modifier_rank=None):
             yield
 
     def save(self, folder: Path | str) -> None:
-        """Write everything that the next update depends on: weights, masters, optimizer, update count, RNG states."""
+        """Write everything that the next update depends on: weights, masters, optimizer, update count, RNG
+        states."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag="engine", client_state={"updates": self.updates})
@@ -206,11 +219,12 @@ class TrainableModel:
         Raises FileNotFoundError for an incomplete folder.
         """
         folder = Path(folder)
-        path, client = self.engine.load_checkpoint(str(folder), tag="engine")
-        if path is None:
+        rng = folder / f"rng-{self.rank}.pt"
+        if not rng.is_file():
             raise FileNotFoundError(f"{folder} holds no engine state for rank {self.rank} of {self.ranks}")
+        _, client = self.engine.load_checkpoint(str(folder), tag="engine")
         self.updates = client["updates"]
-        set_rng_state(torch.load(folder / f"rng-{self.rank}.pt", weights_only=False))
+        set_rng_state(torch.load(rng, weights_only=False))
 
     def _deepspeed_config(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -220,7 +234,7 @@ class TrainableModel:
             "managed_gradient_accumulation": False,
             "gradient_clipping": cfg.grad_clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            # Gradients of micro-batches are added and reduced in fp32, or bf16 rounding would depend on the split.
+            # Micro-batches' gradients are added and reduced in fp32: bf16 rounding would depend on the split.
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "zero_optimization": {"stage": cfg.zero_stage, "overlap_comm": False},
@@ -232,7 +246,12 @@ class TrainableModel:
 def rng_state() -> dict[str, Any]:
     """States of Python's, numpy's and torch's generators."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
@@ -248,7 +267,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # Read once, when DeepSpeed is first imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    log.info("loading DeepSpeed (the first use on a machine compiles its communication kernel, about a minute)")
+    log.info(
+        "loading DeepSpeed (the first use on a machine compiles its communication kernel, about a minute)"
+    )
     began = time.monotonic()
     import deepspeed
 

@@ -3,8 +3,8 @@
 With r = p_ref(token) / p_policy(token) (Schulman, "Approximating KL Divergence", 2020):
 k1 = -log r (unbiased, may be negative), k2 = (log r)^2 / 2 (low variance, biased),
 k3 = r - 1 - log r (unbiased, never negative).
-Differentiated as a loss on on-policy samples, k2 has the gradient of the KL in expectation, k3 one of its reverse
-direction to first order, and k1 none.
+Differentiated as a loss on on-policy samples, k2 has the gradient of the KL in expectation, k3 one of its
+reverse direction to first order, and k1 none.
 """
 
 from typing import Literal

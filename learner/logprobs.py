@@ -1,8 +1,9 @@
 """Log-probabilities and entropies of response tokens, without ever holding all logits.
 
-Only hidden states that predict a response token reach the vocabulary projection, in chunks. When a batch fits into one
-chunk its logits are kept for the backward pass; otherwise each chunk is projected again there, so that at most
-`chunk` x vocabulary logits exist at a time. Softmax and reductions are fp32 whatever the model's dtype.
+Only hidden states that predict a response token reach the vocabulary projection, in chunks. When a batch fits
+into one chunk its logits are kept for the backward pass; otherwise each chunk is projected again there, so
+that at most `chunk` x vocabulary logits exist at a time. Softmax and reductions are fp32 whatever the model's
+dtype.
 
 `ScoredModel` is what an engine wraps: its forward runs body and head, so ZeRO-3's gather hooks fire for both.
 """
@@ -19,7 +20,8 @@ from learner.packing import PackedBatch
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log p(target) and H(p) for p = softmax(hidden @ weight.T / temperature), chunk by chunk, gradients by formula.
+    """log p(target) and H(p) for p = softmax(hidden @ weight.T / temperature), chunk by chunk, gradients by
+    formula.
 
     With upstream gradients g of the log-probability and e of the entropy,
     d/d logits_v = [g (1{v = target} - p_v) - e p_v (log p_v + H)] / temperature.
@@ -71,7 +73,9 @@ class _TokenLogprobs(torch.autograd.Function):
             scale = g_logprob[part, None]
             if use_entropy:
                 e = g_entropy[part, None]
-                grad = p * (-scale - e * (log_p.clamp_min(torch.finfo(log_p.dtype).min) + entropy[part, None]))
+                grad = p * (
+                    -scale - e * (log_p.clamp_min(torch.finfo(log_p.dtype).min) + entropy[part, None])
+                )
             else:
                 grad = p.mul_(-scale)
             grad.scatter_add_(1, target[part, None], scale)
@@ -114,12 +118,14 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of `target` [N] and entropies, both fp32 [N], of the distributions that hidden [N, D] predicts."""
+    """Log-probabilities of `target` [N] and entropies, both fp32 [N], of the distributions that hidden [N, D]
+    predicts."""
     return _TokenLogprobs.apply(hidden, weight, bias, target, temperature, chunk)
 
 
 class VocabularyHead(nn.Module):
-    """The model's vocabulary projection, whose weight it shares; ZeRO-3 gathers that weight around this module's passes."""
+    """The model's vocabulary projection, whose weight it shares; ZeRO-3 gathers that weight around this
+    module's passes."""
 
     def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
@@ -133,10 +139,11 @@ class VocabularyHead(nn.Module):
 
 
 class ScoredModel(nn.Module):
-    """A causal language model that maps a packed batch to log-probabilities and entropies of its response tokens.
+    """A causal language model that maps a packed batch to log-probabilities and entropies of its response
+    tokens.
 
-    Raises ValueError when the model's logits are more than a linear map of its last hidden state, or when it cannot run
-    packed rows and `packing` is on.
+    Raises ValueError when the model's logits are more than a linear map of its last hidden state, or when it
+    cannot run packed rows and `packing` is on.
     """
 
     def __init__(
@@ -158,18 +165,19 @@ class ScoredModel(nn.Module):
 def run_body(
     body: nn.Module, batch: PackedBatch, *, packing: bool = True, limit: int | None = None
 ) -> torch.Tensor:
-    """Last hidden states [R, T, D] of a transformer body on a packed batch, or with `packing = False` on unpacked rows.
+    """Last hidden states [R, T, D] of a transformer body on a packed batch, or with `packing = False` on
+    unpacked rows.
 
     `limit` is `learner.attention.longest_packable`'s; longer sequences raise ValueError.
     """
     if not packing:
-        mask = (~batch.padding()).long()
-        return body(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        real = (~batch.padding()).long()
+        return body(input_ids=batch.input_ids, attention_mask=real, use_cache=False).last_hidden_state
     longest = int(batch.position_ids.max()) + 1
     if limit is not None and longest > limit:
         raise ValueError(
-            f"a sequence of {longest} tokens is longer than the model's sliding window of {limit}, packed rows would "
-            "attend too far; shorten prompts and responses or set packing = false"
+            f"a sequence of {longest} tokens is longer than the model's sliding window of {limit}, packed "
+            "rows would attend too far; shorten prompts and responses or set packing = false"
         )
     config: Any = body.config
     mask = prepare_mask(batch, config._attn_implementation, config.dtype or torch.float32)
@@ -192,7 +200,7 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear:
     model.train(was_training)
     if not torch.allclose(expected.float(), actual.float(), atol=1e-3, rtol=1e-3):
         raise ValueError(
-            f"{model.config.model_type} transforms its logits after the output layer (a soft cap or a scale), which the "
-            "chunked log-probabilities leave out; use another model"
+            f"{model.config.model_type} transforms its logits after the output layer (a soft cap or scale), "
+            "which the chunked log-probabilities leave out; use another model"
         )
     return projection

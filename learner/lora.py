@@ -1,7 +1,9 @@
-"""Low-rank adapters (Hu et al. 2021) through peft: attach, switch off for the reference, and merge for export."""
+"""Low-rank adapters (Hu et al. 2021) through peft: attach, switch off for the reference, and merge for
+export."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLora
@@ -14,7 +16,8 @@ from learner.config import LoraConfig
 
 
 def attach(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
-    """Put adapters into `model` in place, freeze its own weights and return it. With rank 0 nothing happens."""
+    """Put adapters into `model` in place, freeze its own weights and return it. With rank 0 nothing
+    happens."""
     if config.rank == 0:
         return model
     wrapped = get_peft_model(
@@ -27,11 +30,11 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
             bias="none",
         ),
     )
-    return wrapped.get_base_model()
+    return cast(PreTrainedModel, wrapped.get_base_model())
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Adapted layers by name."""
+def adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Adapted layers (modules that are also peft's `LoraLayer`) by name."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
@@ -50,6 +53,21 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within this block adapted layers' own weights hold the merged ones; afterwards they are what they were,
+    bit for bit. Weights must be whole on this rank (ZeRO 1 and 2). Without adapters nothing happens."""
+    weights = [(layer.get_base_layer().weight, merged_weight(layer)) for _, layer in adapters(model)]
+    kept = [weight.detach().clone() for weight, _ in weights]
+    for weight, whole in weights:
+        weight.data.copy_(whole)
+    try:
+        yield
+    finally:
+        for (weight, _), original in zip(weights, kept, strict=True):
+            weight.data.copy_(original)
+
+
 def merged_name(name: str) -> str | None:
     """Name that a parameter of an adapted model has in the plain model, None for adapter weights."""
     if ".lora_" in name:
@@ -57,8 +75,9 @@ def merged_name(name: str) -> str | None:
     return name.replace(".base_layer.", ".")
 
 
-def merged_weight(layer: LoraLayer) -> torch.Tensor:
-    """Weight of an adapted linear layer with its adapter folded in: W + (alpha / r) B A, in W's dtype, detached.
+def merged_weight(layer: Any) -> torch.Tensor:
+    """Weight of an adapted linear layer with its adapter folded in: W + (alpha / r) B A, in W's dtype,
+    detached.
 
     All three matrices must be present on this rank (gathered, under ZeRO-3).
     """

@@ -1,7 +1,7 @@
 """Policy losses as pure functions on flat arrays of response tokens, all [N].
 
-Losses are weighted sums: `weight` carries one token's share of the step (1 / tokens of the step, or 1 / (sequences x
-length)), so micro-batches and ranks add up to the step's mean whatever the split.
+Losses are weighted sums: `weight` carries one token's share of the step (1 / tokens of the step, or 1 /
+(sequences x length)), so micro-batches and ranks add up to the step's mean whatever the split.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class PolicyLossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A micro-batch's loss to differentiate and its diagnostics: over micro-batches and ranks, `loss` and `sums` add up and of
-    `maxima` the largest counts."""
+    """A micro-batch's loss to differentiate and its diagnostics: over micro-batches and ranks, `loss` and
+    `sums` add up and of `maxima` the largest counts."""
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
@@ -43,13 +43,14 @@ class LossOutput:
 
 
 def reinforce(inputs: PolicyLossInputs) -> torch.Tensor:
-    """Per-token loss -w A log p (Williams 1992, eq. 4), with importance weight w for samples of another policy."""
+    """Per-token loss -w A log p (Williams 1992, eq. 4), with importance weight w for samples of another
+    policy."""
     return -inputs.importance * inputs.advantage * inputs.logprob
 
 
 def ppo_clip(inputs: PolicyLossInputs, clip_low: float, clip_high: float) -> torch.Tensor:
-    """Per-token loss -w min(r A, clip(r, 1 - low, 1 + high) A) with r = p / p_old (Schulman et al. 2017, eq. 7;
-    separate bounds as in DAPO, Yu et al. 2025, eq. 10)."""
+    """Per-token loss -w min(r A, clip(r, 1 - low, 1 + high) A) with r = p / p_old (Schulman et al. 2017, eq.
+    7; separate bounds as in DAPO, Yu et al. 2025, eq. 10)."""
     ratio = (inputs.logprob - inputs.old_logprob).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -inputs.importance * torch.minimum(ratio * inputs.advantage, clipped * inputs.advantage)
@@ -87,7 +88,9 @@ def policy_loss(
     with torch.no_grad():
         log_ratio = inputs.logprob - inputs.old_logprob
         ratio = log_ratio.exp()
-        clipped = ((ratio < 1 - clip_low) & (inputs.advantage < 0)) | ((ratio > 1 + clip_high) & (inputs.advantage > 0))
+        clipped = ((ratio < 1 - clip_low) & (inputs.advantage < 0)) | (
+            (ratio > 1 + clip_high) & (inputs.advantage > 0)
+        )
         mismatch = (inputs.old_logprob - inputs.sampler_logprob).abs()
         real = (w > 0).to(ratio.dtype)
         sums |= {

@@ -1,16 +1,18 @@
 """Shared-prefix packing: groups of responses become rows in which each prompt is computed once.
 
-A row holds segments `[prompt][response 1]…[response n]`, perhaps of several groups, padded on the right. Positions
-restart so that each response continues from its prompt, and a token may attend to its group's prompt and to its own
-response, causally. Every array that this needs is built here with numpy; `learner.attention` makes masks of them.
+A row holds segments `[prompt][response 1]…[response n]`, perhaps of several groups, padded on the right.
+Positions restart so that each response continues from its prompt, and a token may attend to its group's
+prompt and to its own response, causally. Every array that this needs is built here with numpy;
+`learner.attention` makes masks of them.
 
-Response tokens of a step are numbered trajectory after trajectory ("flat order"). `PackedBatch.flat` maps a batch's
-response tokens to these numbers, so per-token columns (advantages, log-probabilities, …) are flat arrays that are
-gathered into batches and scattered back, whatever the packing.
+Response tokens of a step are numbered trajectory after trajectory ("flat order"). `PackedBatch.flat` maps a
+batch's response tokens to these numbers, so per-token columns (advantages, log-probabilities, …) are flat
+arrays that are gathered into batches and scattered back, whatever the packing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ PROMPT = 0
 class Group:
     """A prompt and its responses.
 
-    `starts[i]` is the number of response i's first token in the step's flat order; `rows[i]` its row in the step's table.
+    `starts[i]` is the number of response i's first token in the step's flat order; `rows[i]` its row in the
+    step's table.
     """
 
     prompt: np.ndarray
@@ -43,7 +46,8 @@ class PackedBatch:
     response_ids: torch.Tensor  # [R T]
     """0 on prompts (and padding), 1… on the responses of a group."""
     source: torch.Tensor  # [N]
-    """Index into the flattened R*T positions whose hidden state predicts the token (the first one: the last of the prompt)."""
+    """Index into the flattened R*T positions whose hidden state predicts the token (the first one: the last
+    of the prompt)."""
     target: torch.Tensor  # [N]
     """Token to be predicted."""
     position: torch.Tensor  # [N]
@@ -75,7 +79,8 @@ class PackedBatch:
         return replace(self, columns={**self.columns, **gathered})
 
     def scatter(self, values: torch.Tensor, out: torch.Tensor) -> None:
-        """Write this batch's values [N] into a flat array of the step, in place; filler batches write nothing."""
+        """Write this batch's values [N] into a flat array of the step, in place; filler batches write
+        nothing."""
         real = self.weight > 0
         out[self.flat[real].to(out.device)] = values[real].to(out)
 
@@ -85,7 +90,8 @@ def make_groups(
 ) -> list[Group]:
     """Collect rows with equal `group_of` into groups, in order of first appearance.
 
-    Raises ValueError for an empty prompt (nothing predicts the first response token) or a group with two prompts.
+    Raises ValueError for an empty prompt (nothing predicts the first response token) or a group with two
+    prompts.
     """
     lengths = np.array([len(r) for r in responses], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else lengths
@@ -96,10 +102,14 @@ def make_groups(
     for key, rows in members.items():
         prompt = np.asarray(prompts[rows[0]], dtype=np.int64)
         if len(prompt) == 0:
-            raise ValueError(f"group {key!r} has an empty prompt; a response needs at least one token before it")
+            raise ValueError(
+                f"group {key!r} has an empty prompt; a response needs at least one token before it"
+            )
         for row in rows[1:]:
             if not np.array_equal(prompt, prompts[row]):
-                raise ValueError(f"group {key!r} holds two different prompts; give each prompt a group of its own")
+                raise ValueError(
+                    f"group {key!r} holds two different prompts; give each prompt a group of its own"
+                )
         texts = [np.asarray(responses[row], dtype=np.int64) for row in rows]
         groups.append(Group(prompt, texts, starts[rows], np.array(rows, dtype=np.int64)))
     return groups
@@ -116,14 +126,16 @@ def pack(
 ) -> list[PackedBatch]:
     """Pack groups into rows (first fit, decreasing) and rows of like length into micro-batches.
 
-    A row takes up to `pack_length` tokens, or the longest single prompt plus response; longer groups are split.
-    `keep_last = False` leaves out each response's last token, which predicts nothing.
-    Rows times longest row of a micro-batch stay within `micro_batch_tokens`, a single longer row apart.
+    Groups longer than `pack_length` (or than the longest single prompt plus response) are split. Rows are
+    filled up to the longest piece: beyond it they would only make dense attention, which is quadratic in a
+    row, dearer. `keep_last = False` leaves out each response's last token, which predicts nothing. Rows times
+    longest row of a micro-batch stay within `micro_batch_tokens`, a single longer row apart.
     """
     longest = max((len(g.prompt) + len(r) for g in groups for r in g.responses), default=0)
     capacity = max(pack_length, longest)
     pieces = [piece for group in groups for piece in _split(group, capacity, keep_last)]
     order = sorted(range(len(pieces)), key=lambda i: (-packed_length(pieces[i], keep_last), i))
+    capacity = max((packed_length(piece, keep_last) for piece in pieces), default=0)
     bins: list[list[Group]] = []
     room: list[int] = []
     for i in order:
@@ -139,7 +151,9 @@ def pack(
     return _micro_batches(bins, micro_batch_tokens, keep_last)
 
 
-def unpacked(groups: Sequence[Group], *, micro_batch_tokens: int, keep_last: bool = True) -> list[PackedBatch]:
+def unpacked(
+    groups: Sequence[Group], *, micro_batch_tokens: int, keep_last: bool = True
+) -> list[PackedBatch]:
     """One response per row, prompt repeated, padded on the right: for models that cannot run packed rows."""
     single = [
         [Group(g.prompt, [r], g.starts[i : i + 1], g.rows[i : i + 1])]
@@ -151,7 +165,8 @@ def unpacked(groups: Sequence[Group], *, micro_batch_tokens: int, keep_last: boo
 
 
 def split_for_ranks(groups: Sequence[Group], ranks: int) -> list[list[Group]]:
-    """Share groups among ranks, balanced by packed tokens (largest first to the least loaded); deterministic."""
+    """Share groups among ranks, balanced by packed tokens (largest first to the least loaded);
+    deterministic."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for i in sorted(range(len(groups)), key=lambda i: (-packed_length(groups[i]), i)):
@@ -162,7 +177,8 @@ def split_for_ranks(groups: Sequence[Group], ranks: int) -> list[list[Group]]:
 
 
 def filler() -> PackedBatch:
-    """A two-token micro-batch of weight zero. Ranks with fewer micro-batches run it, or ZeRO-3's gathers would hang."""
+    """A two-token micro-batch of weight zero. Ranks with fewer micro-batches run it, or ZeRO-3's gathers
+    would hang."""
     index = torch.zeros(1, dtype=torch.int64)
     row = torch.zeros(1, 2, dtype=torch.int64)
     return PackedBatch(
@@ -210,7 +226,7 @@ def _micro_batches(bins: list[list[Group]], budget: int, keep_last: bool) -> lis
     while order:
         width = lengths[order[0]]
         take = max(1, budget // width)
-        # Rows spread evenly over the micro-batches that are needed: a last small one would waste its fixed costs.
+        # Rows spread evenly over the micro-batches that are needed: a small last one wastes its fixed costs.
         needed = -(-len(order) // take)
         take = -(-len(order) // needed)
         batches.append(_build([bins[i] for i in order[:take]], width, keep_last))
@@ -222,7 +238,9 @@ def _build(rows: list[list[Group]], width: int, keep_last: bool) -> PackedBatch:
     shape = (len(rows), width)
     input_ids, position_ids, response_ids = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     group_ids = np.full(shape, PAD_GROUP, dtype=np.int64)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("source", "target", "position", "flat", "trajectory")}
+    parts: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("source", "target", "position", "flat", "trajectory")
+    }
     for r, groups in enumerate(rows):
         at = 0
         for g, group in enumerate(groups):
@@ -246,7 +264,9 @@ def _build(rows: list[list[Group]], width: int, keep_last: bool) -> PackedBatch:
                 parts["flat"].append(group.starts[i] + np.arange(m))
                 parts["trajectory"].append(np.full(m, group.rows[i]))
                 at += kept
-    index = {name: torch.from_numpy(np.concatenate(part).astype(np.int64)) for name, part in parts.items()}
+    index: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate(part).astype(np.int64)) for name, part in parts.items()
+    }
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),

@@ -1,8 +1,8 @@
 """The policy's training step: scored trajectories in, new weights out.
 
-Rewards arrive as the column `token_rewards` of the trajectories and in no other way. Every rank is given the whole step's
-table and takes its share of it by a rule that all ranks compute alike, so shares, advantages and normalisation need no
-talk between ranks:
+Rewards arrive as the column `token_rewards` of the trajectories and in no other way. Every rank is given the
+whole step's table and takes its share of it by a rule that all ranks compute alike, so shares, advantages and
+normalisation need no talk between ranks:
 
     pack -> (old log-probabilities) -> (reference log-probabilities) -> advantages -> loss -> engine.step
 
@@ -12,6 +12,7 @@ A step with one update needs no pass for old log-probabilities: they are the cur
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,20 @@ from learner.kl import kl_estimate
 from learner.logprobs import ScoredModel
 from learner.losses import LossOutput, PolicyLossInputs, policy_loss
 from learner.packing import Group, PackedBatch, make_groups, pack, pad_batches, split_for_ranks, unpacked
+from rollout.config import PolicyConfig
 
 
 def load_causal_lm(
     name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a causal LM by hub name or folder, ready for packed rows."""
-    return AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype,
         attn_implementation=attention_implementation(device),
         trust_remote_code=trust_remote_code,
-    ).to(device)
+    )
+    return model.to(device)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Samples:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Samples":
-        """From `prompt_ids`, `response_ids` and (where present) `group_id`; rows without one are groups of their own."""
+        """From `prompt_ids`, `response_ids` and (where present) `group_id`; rows without one are groups of
+        their own."""
         prompts, responses = ragged(table, "prompt_ids"), ragged(table, "response_ids")
         named = "group_id" in table.column_names
         keys: list[Any] = table["group_id"].to_pylist() if named else list(range(len(table)))
@@ -75,11 +79,12 @@ def ragged(table: pa.Table, column: str) -> list[np.ndarray]:
     chunks = table[column].combine_chunks()
     values = chunks.values.to_numpy(zero_copy_only=False)
     offsets = chunks.offsets.to_numpy()
-    return [values[lo:hi] for lo, hi in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[lo:hi] for lo, hi in pairwise(offsets)]
 
 
 def flat_column(table: pa.Table, column: str, samples: Samples) -> torch.Tensor:
-    """A per-token list column in flat order, fp32. Raises ValueError when a row's length is not that of its response."""
+    """A per-token list column in flat order, fp32. Raises ValueError when a row's length is not that of its
+    response."""
     rows = ragged(table, column)
     for i, (row, want) in enumerate(zip(rows, samples.offsets.diff().tolist(), strict=True)):
         if len(row) != want:
@@ -88,6 +93,38 @@ def flat_column(table: pa.Table, column: str, samples: Samples) -> torch.Tensor:
     if not np.isfinite(flat).all():
         raise ValueError(f"{column} holds values that are not finite")
     return torch.from_numpy(flat)
+
+
+@torch.no_grad()
+def mean_nll(policy: PolicyConfig, cfg: LearnerConfig, table: pa.Table, *, temperature: float = 1.0) -> float:
+    """Mean negative log-likelihood, nats per token, of a table's responses under a model, without an engine.
+
+    Reads `prompt_ids`, `response_ids` and, if there, `group_id`. Raises ValueError without response tokens.
+    """
+    samples = Samples.from_table(table)
+    if samples.tokens == 0:
+        raise ValueError("the table has no response token to judge")
+    device = resolve_device(cfg.device)
+    network = load_causal_lm(
+        policy.model,
+        dtype=resolve_dtype(cfg.compute_dtype, policy.dtype, device),
+        device=device,
+        trust_remote_code=policy.trust_remote_code,
+    )
+    model = ScoredModel(network, temperature=temperature, chunk=cfg.logits_chunk, packing=cfg.packing).eval()
+    total = sum(
+        float(model(batch.to(device))[0].double().sum()) for batch in make_batches(samples.groups, cfg)
+    )
+    return -total / samples.tokens
+
+
+def make_batches(groups: list[Group], cfg: LearnerConfig) -> list[PackedBatch]:
+    """Micro-batches as configured, without the responses' last tokens, which predict nothing."""
+    if not cfg.packing:
+        return unpacked(groups, micro_batch_tokens=cfg.micro_batch_tokens, keep_last=False)
+    return pack(
+        groups, pack_length=cfg.pack_length, micro_batch_tokens=cfg.micro_batch_tokens, keep_last=False
+    )
 
 
 class PolicyLearner:
@@ -116,7 +153,9 @@ class PolicyLearner:
         self.export_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model_dtype]
 
         def load() -> PreTrainedModel:
-            return load_causal_lm(model, dtype=self.dtype, device=self.device, trust_remote_code=trust_remote_code)
+            return load_causal_lm(
+                model, dtype=self.dtype, device=self.device, trust_remote_code=trust_remote_code
+            )
 
         def scored(net: PreTrainedModel) -> ScoredModel:
             return ScoredModel(net, temperature=temperature, chunk=cfg.logits_chunk, packing=cfg.packing)
@@ -132,14 +171,16 @@ class PolicyLearner:
 
     @property
     def module(self) -> PreTrainedModel:
-        """The transformers model that is trained (with adapters, under LoRA). See `weights` for what to broadcast."""
+        """The transformers model that is trained (with adapters, under LoRA). See `weights` for what to
+        broadcast."""
         return self.trainable.module.model  # type: ignore[return-value]
 
     def train_step(self, table: pa.Table, step: int) -> dict[str, float]:
         """Update the policy from a step's scored trajectories (whole groups; the same table on every rank).
 
-        Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`. Returns metrics that are
-        equal on all ranks but for the seconds. Raises ValueError for a table without a response token.
+        Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`. Returns
+        metrics that are equal on all ranks but for the seconds. Raises ValueError for a table without a
+        response token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -160,7 +201,7 @@ class PolicyLearner:
             clock.lap("reference_logprobs")
         if cfg.kl_in == "reward" and old is not None and reference is not None:
             rewards = rewards - cfg.kl_coef * kl_estimate(old, reference, cfg.kl_estimator)
-        returns = discounted_returns(rewards, samples.offsets, cfg.gamma)
+        returns = discounted_returns(rewards, samples.offsets, 1.0 if cfg.gamma is None else cfg.gamma)
         advantage = advantages(
             returns, samples.offsets, samples.group_index, baseline=cfg.baseline, whiten=cfg.whiten
         )
@@ -198,7 +239,8 @@ class PolicyLearner:
         }
 
     def response_logprobs(self, table: pa.Table) -> list[np.ndarray]:
-        """Log-probability of every response token under the current weights, per row (fp32); the same on every rank.
+        """Log-probability of every response token under the current weights, per row (fp32); the same on
+        every rank.
 
         Reads `prompt_ids` and `response_ids` (and `group_id`, to share prompts).
         """
@@ -215,9 +257,11 @@ class PolicyLearner:
         self.trainable.load(folder)
 
     def weights(self, each: Callable[[str, torch.Tensor], None]) -> None:
-        """Call `each(name, tensor)` with every weight of the plain model, whole, adapters merged, in the export dtype.
+        """Call `each(name, tensor)` with every weight of the plain model, whole, adapters merged, in the
+        export dtype.
 
-        Collective: all ranks call it and all see every weight, one at a time. Tied weights come once, under their first name.
+        Collective: all ranks call it and all see every weight, one at a time. Tied weights come once, under
+        their first name.
         """
         layers = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(self.module)}
         for name, param in self.module.named_parameters():
@@ -230,7 +274,8 @@ class PolicyLearner:
                 each(plain, whole.to(self.export_dtype))
 
     def export(self, folder: Path | str) -> None:
-        """Write a plain transformers folder (adapters merged); collective, rank 0 writes. The tokenizer is the caller's."""
+        """Write a plain transformers folder (adapters merged); collective, rank 0 writes. The tokenizer is
+        the caller's."""
         state: dict[str, torch.Tensor] = {}
 
         def keep(name: str, tensor: torch.Tensor) -> None:
@@ -249,28 +294,19 @@ class PolicyLearner:
 
     def _batches(self, groups: list[Group]) -> list[PackedBatch]:
         """This rank's micro-batches, as many as on every other rank."""
-        cfg = self.cfg
         shares = split_for_ranks(groups, self.trainable.ranks)
-        if cfg.packing:
-            packed = [
-                pack(
-                    share,
-                    pack_length=cfg.pack_length,
-                    micro_batch_tokens=cfg.micro_batch_tokens,
-                    keep_last=False,
-                )
-                for share in shares
-            ]
-        else:
-            packed = [unpacked(share, micro_batch_tokens=cfg.micro_batch_tokens, keep_last=False) for share in shares]
+        packed = [make_batches(share, self.cfg) for share in shares]
         return pad_batches(packed[self.trainable.rank], max(len(p) for p in packed))
 
     def _minibatches(self, groups: list[Group], batches: list[PackedBatch], step: int) -> "list[_Minibatch]":
-        """The step's updates: every group once an epoch, in an order that depends only on seed, step and epoch."""
+        """The step's updates: every group once an epoch, in an order that depends only on seed, step and
+        epoch."""
         if self.cfg.minibatches == 1:
             return [_Minibatch(groups, batches)] * self.cfg.epochs
         if len(groups) < self.cfg.minibatches:
-            raise ValueError(f"{len(groups)} groups cannot fill {self.cfg.minibatches} minibatches; lower minibatches")
+            raise ValueError(
+                f"{len(groups)} groups cannot fill {self.cfg.minibatches} minibatches; lower minibatches"
+            )
         result = []
         for epoch in range(self.cfg.epochs):
             order = np.random.default_rng([self.seed, step, epoch]).permutation(len(groups))
@@ -331,7 +367,8 @@ class _Minibatch:
 
 
 def _token_shares(minibatch: _Minibatch, samples: Samples, normalise: str) -> torch.Tensor:
-    """Each token's share of the update's loss, in flat order: they add up to one over the minibatch's tokens."""
+    """Each token's share of the update's loss, in flat order: they add up to one over the minibatch's
+    tokens."""
     rows = torch.from_numpy(np.concatenate([group.rows for group in minibatch.groups]))
     lengths = samples.offsets.diff()
     if normalise == "token":

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from learner import lora
 from learner.config import LearnerConfig
 from learner.policy import PolicyLearner
-from learner.weight_sender import WeightSender, WeightSyncError
+from learner.weight_client import WeightSyncError, WorkerRef
+from learner.weight_sender import WeightSender
+from learner.weight_source import MIB, ModuleWeights
 from rollout.config import PolicyConfig, RolloutConfig
-
-Seconds = dict[str, float]
-
+from rollout.engine import transfer_backend
 
 class LearnerRank:
     """Handler of one learner rank (see `learner.trainer`)."""
@@ -34,6 +35,7 @@ class LearnerRank:
         seed: int,
     ) -> None:
         self.rank = rank
+        self.ranks = ranks
         self.rollout = rollout
         self.policy = policy
         self.learner = PolicyLearner(
@@ -51,20 +53,40 @@ class LearnerRank:
         return self.learner.train_step(ray.get(table), step)
 
     def connect(self, workers: list[Any], worlds: list[int]) -> None:
-        """Form the weight-transfer group with these rollout workers; a former group is left."""
-        if self.sender is not None:
-            self.sender.close()
-        self.sender = WeightSender(self.learner, workers, worlds, self.rollout, rank=self.rank)
-        self.sender.connect()
+        """Form the weight-transfer group with these rollout workers (actor handle and TP x PP of each); a former group
+        is left."""
+        refs = [WorkerRef(i, handle, world) for i, (handle, world) in enumerate(zip(workers, worlds, strict=True))]
+        if self.sender is None:
+            self.sender = self._make_sender(refs)
+        self.sender.connect(refs)
+
+    def _make_sender(self, workers: list[WorkerRef]) -> WeightSender:
+        module = self.learner.module
+        source = ModuleWeights(
+            module,
+            dtype=self.learner.export_dtype,
+            gather_bytes=self.rollout.sync_bucket_mib * MIB,
+            rename=lora.merged_name,
+            merge=lambda: lora.merged(module),
+        )
+        return WeightSender(
+            source,
+            workers,
+            backend=transfer_backend("cuda" if self.learner.device.type == "cuda" else "cpu"),
+            rank=self.rank,
+            world_size=self.ranks,
+            deadline_s=self.rollout.sync_timeout_s,
+            bucket_bytes=self.rollout.sync_bucket_mib * MIB,
+        )
 
     def sync(self, version: int) -> dict[str, Any]:
         """Broadcast the weights as `version`. A failure of workers is an answer, not an exception: the learner is
-        well and the controller replaces them. Returns timings, or `failed` worker indices and `error`."""
+        well, and the controller replaces them. Returns timings, or the indices of workers to replace and `error`."""
         assert self.sender is not None, "connect() first"
         try:
-            return {"failed": [], **self.sender.send(version)}
+            return {"replace": [], **self.sender.send(version)}
         except WeightSyncError as error:
-            return {"failed": error.workers, "error": str(error)}
+            return {"replace": sorted({*error.broken, *error.failures}), "error": str(error)}
 
     def mean_nll(self, table: "ray.ObjectRef[pa.Table]") -> float:
         """Mean negative log-likelihood, nats per token, of the responses in a table of prompt_ids, response_ids."""

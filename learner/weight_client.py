@@ -1,4 +1,6 @@
-"""Control side of a weight sync: vLLM's client protocol over Ray actors, with deadlines and names in the errors."""
+"""Control side of a weight sync: vLLM's client protocol over Ray actors, with deadlines and names in the
+errors.
+"""
 
 import time
 from collections.abc import Sequence
@@ -14,11 +16,14 @@ State = Literal["idle", "paused", "began", "updated"]
 class WeightSyncError(RuntimeError):
     """A sync failed; the text names workers and tensors.
 
-    failures: worker index -> reason. broken: workers that must be restarted, because they are gone or their update began
-    and did not end. Workers in neither kept or got a whole set of weights and are usable (stale or current).
+    failures: worker index -> reason. broken: workers that must be restarted, because they are gone or their
+    update began and did not end. Workers in neither kept or got a whole set of weights and are usable
+    (stale or current).
     """
 
-    def __init__(self, message: str, failures: dict[int, str] | None = None, broken: Sequence[int] = ()) -> None:
+    def __init__(
+        self, message: str, failures: dict[int, str] | None = None, broken: Sequence[int] = ()
+    ) -> None:
         super().__init__(message, failures, broken)
         self.failures = failures or {}
         self.broken = tuple(broken)
@@ -37,7 +42,9 @@ class WorkerRef:
 
 
 def rank_offsets(worlds: Sequence[int]) -> list[int]:
-    """First rank of each worker in the transfer group: rank 0 is the sender, then worker after worker, TP x PP each."""
+    """First rank of each worker in the transfer group: rank 0 is the sender, then worker after worker, TP x
+    PP each.
+    """
     offsets = [1]
     for world in worlds[:-1]:
         offsets.append(offsets[-1] + world)
@@ -45,10 +52,11 @@ def rank_offsets(worlds: Sequence[int]) -> list[int]:
 
 
 class WorkerClient:
-    """vLLM's `VLLMWeightSyncClient` over Ray actors of RolloutWorker; what vLLM's own Ray client lacks is here.
+    """vLLM's `VLLMWeightSyncClient` over Ray actors of RolloutWorker; what vLLM's own Ray client lacks is
+    here.
 
-    Each worker gets its own rank offset, every call has a deadline, errors name the worker, generation pauses before and
-    resumes after, and the version is set. `failures` fills while a call is still running.
+    Each worker gets its own rank offset, every call has a deadline, errors name the worker, generation
+    pauses before and resumes after, and the version is set. `failures` fills while a call is still running.
     """
 
     def __init__(self, workers: Sequence[WorkerRef], deadline_s: float) -> None:
@@ -98,7 +106,9 @@ class WorkerClient:
         self._raise("finishing the weight update")
 
     def release(self) -> None:
-        """After a failure: bring the workers that hold a whole set of weights back to work, within RELEASE_S."""
+        """After a failure: bring the workers that hold a whole set of weights back to work, within
+        RELEASE_S.
+        """
         self._expires = max(self._expires, time.monotonic() + RELEASE_S)
         updated = self._in_state("updated")
         self._call("finish_weight_update", updated, [self.version] * len(updated), state="paused")
@@ -111,7 +121,9 @@ class WorkerClient:
         return {key: max(answer[key] for answer in answers) for key in answers[0]}
 
     def remaining(self) -> float:
-        """Seconds of the round's deadline that are left, not below 0.1 so that lost calls are still noticed."""
+        """Seconds of the round's deadline that are left, not below 0.1 so that lost calls are still
+        noticed.
+        """
         return max(0.1, self._expires - time.monotonic())
 
     def broken(self) -> list[int]:
@@ -136,7 +148,9 @@ class WorkerClient:
         arguments: Sequence[Any] | None = None,
         state: State | None = None,
     ) -> list[Any]:
-        """Call one method on all workers at once; each success moves the worker to `state`, each failure is noted."""
+        """Call one method on all workers at once; each success moves the worker to `state`, each failure is
+        noted.
+        """
         answers: dict[int, Any] = {}
         pending: dict[Any, WorkerRef] = {}
         for position, worker in enumerate(workers):

@@ -1,15 +1,19 @@
 """Sending side of a weight sync: the learner's weights to every rollout worker, in one call, exact and loud.
 
-`WeightSender` exists on every learner rank, and every rank calls `connect` and `send`: under ZeRO-3 all of them gather.
-Rank 0 alone talks to the workers and to the wire. Under ZeRO-3, run one forward before the first `send`.
+`WeightSender` exists on every learner rank, and every rank calls `connect` and `send`: under ZeRO-3 all of
+them gather. Rank 0 alone talks to the workers and to the wire. Under ZeRO-3, run one forward before the
+first `send`.
 
     source = ModuleWeights(engine.module, dtype=torch.bfloat16)
     sender = WeightSender(source, workers, backend="gloo", rank=rank, world_size=world, deadline_s=120)
     sender.connect()
-    timings = sender.send(version)     # WeightSyncError: restart error.broken, then connect(new_workers) and send again
+    timings = sender.send(version)
 
-A sync goes pause -> start -> (update | broadcast) -> finish(version) -> resume. All workers must answer the pause before
-the first one starts, so a worker that died between syncs costs only itself. What has begun and did not end is broken.
+On WeightSyncError, restart the workers in `error.broken`, then connect(new_workers) and send again.
+
+A sync goes pause -> start -> (update | broadcast) -> finish(version) -> resume. All workers must answer the
+pause before the first one starts, so a worker that died between syncs costs only itself. What has begun and
+did not end is broken.
 """
 
 import socket
@@ -18,7 +22,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import ray.util
 import torch
@@ -107,7 +111,9 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         return engine
 
     def send_weights(self) -> None:
-        """Broadcast the source. The pass is finished even when the wire breaks, or other ranks hang in its gathers."""
+        """Broadcast the source. The pass is finished even when the wire breaks, or other ranks hang in its
+        gathers.
+        """
         assert self.source is not None
         if not self.is_sender:
             for _ in self.source:
@@ -195,10 +201,10 @@ for _engine in (GlooTrainerWeightTransferEngine, CheckedNCCLTrainerWeightTransfe
 class WeightSender:
     """One learner rank's part in every sync. See the module docstring for use.
 
-    backend: `rollout.engine.transfer_backend(device)`. rank, world_size: of the learner's torch.distributed default
-    group, which carries rank 0's verdict to the others: all ranks return, or all raise the same WeightSyncError.
-    deadline_s: of one connect or send; what follows a failure (letting healthy workers go on) may add RELEASE_S.
-    address: of rank 0's node as workers reach it (None: Ray's node address).
+    backend: `rollout.engine.transfer_backend(device)`. rank, world_size: of the learner's torch.distributed
+    default group, which carries rank 0's verdict to the others: all ranks return, or all raise the same
+    WeightSyncError. deadline_s: of one connect or send; what follows a failure (letting healthy workers go
+    on) may add RELEASE_S. address: of rank 0's node as workers reach it (None: Ray's node address).
     """
 
     def __init__(
@@ -228,8 +234,8 @@ class WeightSender:
     def connect(self, workers: Sequence[WorkerRef] | None = None) -> None:
         """Form the transfer group with the workers; called on every rank.
 
-        Does nothing when connected, unless `workers` (the fleet after a restart) is given: then, and after a failed
-        send, a new group on a new port takes the old one's place.
+        Does nothing when connected, unless `workers` (the fleet after a restart) is given: then, and after
+        a failed send, a new group on a new port takes the old one's place.
         """
         if workers is None and self._engine is not None:
             return
@@ -238,9 +244,10 @@ class WeightSender:
         self._client = WorkerClient(self._workers, self._deadline_s)
         error: WeightSyncError | None = None
         try:
-            self._engine = WeightTransferTrainerFactory.trainer_init(
+            engine = WeightTransferTrainerFactory.trainer_init(
                 self._init_info(), client=self._client, source=self._source
             )
+            self._engine = cast(TrainerEngine, engine)
         except (WeightSyncError, WireError) as failure:
             error = self._verdict("connecting to the rollout workers", failure)
         self._agree(error)
@@ -248,8 +255,8 @@ class WeightSender:
     def send(self, version: int) -> dict[str, float]:
         """Bring all workers to `version`; called on every rank at the same point of the step.
 
-        Returns rank 0's seconds on every rank: gather_s, checksum_s, wire_s and total_s of the sender, worker_wire_s,
-        worker_checksum_s, worker_load_s, worker_finalize_s of the slowest worker, and bytes.
+        Returns rank 0's seconds on every rank: gather_s, checksum_s, wire_s and total_s of the sender,
+        worker_wire_s, worker_checksum_s, worker_load_s, worker_finalize_s of the slowest worker, and bytes.
         Raises WeightSyncError on every rank; `connect` before the next send.
         """
         if self._engine is None:
@@ -305,7 +312,9 @@ class WeightSender:
         restart = f" (to be restarted: workers {broken})" if broken else ""
         return WeightSyncError(f"{what}: {failure}{restart}", self._client.failures, broken)
 
-    def _agree(self, error: WeightSyncError | None, value: dict[str, float] | None = None) -> dict[str, float]:
+    def _agree(
+        self, error: WeightSyncError | None, value: dict[str, float] | None = None
+    ) -> dict[str, float]:
         """Rank 0's outcome on every rank: its value, or its error raised."""
         box: list[Any] = [(error, value or {})]
         if self._world_size > 1:

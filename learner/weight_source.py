@@ -1,4 +1,6 @@
-"""The learner's parameters as a stream for the weight wire, whole whatever the ZeRO stage, each behind its checksum."""
+"""The learner's parameters as a stream for the weight wire, whole whatever the ZeRO stage, each behind its
+checksum.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +18,12 @@ MIB = 1 << 20
 class ModuleWeights(WeightSource):
     """The parameters of a causal LM, each preceded by its checksum, whole whatever the ZeRO stage.
 
-    module: an HF module; parameters may be plain, ZeRO-1/2 (whole on each rank) or ZeRO-3 (gathered a bucket at a time).
-    dtype: floating-point parameters are cast to it (the rollout workers' dtype); None keeps theirs.
-    rename: parameter name -> name in an HF checkpoint, or None to leave it out (adapter weights).
-    merge: context manager entered around each pass, on every rank, that merges LoRA weights and takes them out again.
-    Tied parameters appear once, under the first of their names; vLLM ties them itself.
+    module: an HF module; parameters may be plain, ZeRO-1/2 (whole on each rank) or ZeRO-3 (gathered a
+    bucket at a time). dtype: floating-point parameters are cast to it (the rollout workers' dtype); None
+    keeps theirs. rename: parameter name -> name in an HF checkpoint, or None to leave it out (adapter
+    weights). merge: context manager entered around each pass, on every rank, that merges LoRA weights and
+    takes them out again. Tied parameters appear once, under the first of their names; vLLM ties them
+    itself.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class ModuleWeights(WeightSource):
             for bucket in self._gather_buckets():
                 yield from self._send_bucket(bucket)
 
-    def _send_bucket(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _send_bucket(
+        self, bucket: list[tuple[str, torch.nn.Parameter]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         started = time.perf_counter()
         with self._gathered([parameter for _, parameter in bucket]):
             self.gather_s += time.perf_counter() - started
@@ -94,7 +99,7 @@ class ModuleWeights(WeightSource):
         partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
         if not partitioned:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters(partitioned, modifier_rank=None)
 

@@ -1,7 +1,9 @@
-"""vLLM plugin: registers the weight-transfer engines in every process of an engine, and ties its life to the worker's.
+"""vLLM plugin: registers the weight-transfer engines in every process of an engine, and ties its life to
+the worker's.
 
-vLLM calls `register` (entry point `vllm.general_plugins`) once in each of its processes. vLLM's engine process does not
-notice the SIGKILL of the process that started it and would stay behind with its memory; a thread watches for that.
+vLLM calls `register` (entry point `vllm.general_plugins`) once in each of its processes. vLLM's engine
+process does not notice the SIGKILL of the process that started it and would stay behind with its memory; a
+thread watches for that.
 """
 
 import os
@@ -18,12 +20,17 @@ def register() -> None:
     """Register engines by name (imported only when used) and start the watch. May be called repeatedly."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    for name, class_name in (("gloo", "GlooWeightTransferEngine"), ("rlgaf_nccl", "CheckedNCCLWeightTransferEngine")):
+    for name, class_name in (
+        ("gloo", "GlooWeightTransferEngine"),
+        ("rlgaf_nccl", "CheckedNCCLWeightTransferEngine"),
+    ):
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, "rollout.weight_transfer", class_name)
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None and os.getppid() == int(parent):
-        threading.Thread(target=_exit_with_parent, args=(int(parent),), daemon=True, name="rlgaf-parent").start()
+        threading.Thread(
+            target=_exit_with_parent, args=(int(parent),), daemon=True, name="rlgaf-parent"
+        ).start()
 
 
 def _exit_with_parent(parent: int) -> None:

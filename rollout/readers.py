@@ -6,6 +6,7 @@ counted, as the `ReadReport` says. No more than BATCH_ROWS rows are Python objec
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 BATCH_ROWS = 8192
 _EXAMPLES = 5
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -152,40 +154,44 @@ def check_row(
     report: ReadReport,
 ) -> Row | None:
     """The row, or None when it is bad and bad rows are skipped."""
+    complaint = _complaint(record, prompt_column, response_column, prompt_format)
+    if complaint is not None:
+        kind, reason = complaint
+        report.bad_row(where, reason, kind)
+        return None
+    prompt = record[prompt_column]
+    if isinstance(prompt, list):
+        prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+    if prompt_format == "chat":
+        prompt = json.dumps(prompt, ensure_ascii=False)
+    return Row(where, prompt, record[response_column] if response_column is not None else "")
+
+
+def _complaint(
+    record: dict[str, Any], prompt_column: str, response_column: str | None, prompt_format: str
+) -> tuple[str, str] | None:
+    """(kind, reason) why the row cannot be used, or None."""
     for column in (prompt_column, response_column):
         if column is not None and column not in record:
             found = ", ".join(map(repr, record)) or "none"
-            return report.bad_row(
-                where, f"column {column!r} is missing; columns here: {found}", "missing column"
-            )
+            return "missing column", f"column {column!r} is missing; columns here: {found}"
     prompt = record[prompt_column]
     if isinstance(prompt, list):
-        if complaint := _check_messages(prompt, prompt_format):
-            return report.bad_row(where, f"{prompt_column!r} {complaint}", "bad prompt")
-        prompt = json.dumps(
-            [{k: v for k, v in message.items() if v is not None} for message in prompt], ensure_ascii=False
-        )
+        if problem := _check_messages(prompt, prompt_format):
+            return "bad prompt", f"{prompt_column!r} {problem}"
     elif not isinstance(prompt, str):
-        return report.bad_row(
-            where, f"{prompt_column!r} is {_name(prompt)}, not a string or messages", "bad prompt"
-        )
-    elif prompt_format == "chat":
-        prompt = json.dumps(prompt, ensure_ascii=False)
-    response = record[response_column] if response_column is not None else ""
+        return "bad prompt", f"{prompt_column!r} is {_name(prompt)}, not a string or chat messages"
+    text = json.dumps(prompt, ensure_ascii=False)
     if response_column is not None:
+        response = record[response_column]
         if not isinstance(response, str):
-            return report.bad_row(
-                where, f"{response_column!r} is {_name(response)}, not a string", "bad response"
-            )
+            return "bad response", f"{response_column!r} is {_name(response)}, not a string"
         if not response.strip():
-            return report.bad_row(where, f"{response_column!r} is empty", "empty response")
-    try:
-        (prompt + response).encode()
-    except UnicodeEncodeError:
-        return report.bad_row(
-            where, "text holds half of a surrogate pair, which is no character", "broken text"
-        )
-    return Row(where, prompt, response)
+            return "empty response", f"{response_column!r} is empty"
+        text += response
+    if _SURROGATE.search(text):
+        return "broken text", "text holds half of a surrogate pair, which is no character"
+    return None
 
 
 def _check_messages(messages: list[Any], prompt_format: str) -> str | None:
@@ -242,13 +248,6 @@ def _jsonl(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any]
             try:
                 record = json.loads(line.decode())
             except UnicodeDecodeError as error:
-                if (
-                    not any(byte < 128 and chr(byte).isprintable() for byte in line[: error.start + 1])
-                    and number == 1
-                ):
-                    raise DataError(
-                        f"{file}: binary file; JSON Lines (UTF-8) or Parquet is expected"
-                    ) from error
                 report.bad_row(where, f"byte {error.start + 1} of the line is not UTF-8", "not UTF-8")
                 continue
             except json.JSONDecodeError as error:

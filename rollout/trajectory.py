@@ -1,8 +1,9 @@
-"""Arrow schemas of generation requests and trajectories, and the arithmetic on single rows and columns of them.
+"""Arrow schemas of generation requests and trajectories, and the arithmetic on single rows and columns of
+them.
 
 One trajectory is one response. `response_ids` are the sampled tokens themselves and are never re-tokenised;
-`token_ends[t]` says how many characters of `response_text` are complete once token t is known, so a reward on a
-span of characters can be given to the token that completes it. `policy_version` is the oldest and
+`token_ends[t]` says how many characters of `response_text` are complete once token t is known, so a reward
+on a span of characters can be given to the token that completes it. `policy_version` is the oldest and
 `policy_version_end` the newest policy version that produced one of the tokens.
 """
 
@@ -65,7 +66,9 @@ def sample_seed(seed: int | None, sample: int) -> int | None:
 
 
 def lag(table: pa.Table, version: int) -> pa.Array:
-    """Age of every trajectory in versions, int32 [rows]: `version` minus the oldest version that made a token."""
+    """Age of every trajectory in versions, int32 [rows]: `version` minus the oldest version that made a
+    token.
+    """
     return pc.subtract(pa.scalar(version, pa.int32()), table["policy_version"]).combine_chunks()
 
 
@@ -88,12 +91,12 @@ def check_table(table: pa.Table, schema: pa.Schema, what: str) -> None:
 def text_and_token_ends(ids: Sequence[int], decode: Callable[[list[int]], str]) -> tuple[str, list[int]]:
     """Decode a response and count the characters that are complete after each token.
 
-    A character is complete when no later token can change it: the bytes of a multi-byte character count once its last
-    byte is there. `decode` maps ids to text, special tokens skipped (they have zero width).
+    A character is complete when no later token can change it: the bytes of a multi-byte character count
+    once its last byte is there. `decode` maps ids to text, special tokens skipped (they have zero width).
 
-    Decoding is incremental: a window of ids that starts at a character boundary is decoded with and without the newest
-    tokens, and the difference is new text. Tokenizers whose text is not the sum of such windows are recognised
-    (the pieces are compared with the whole) and take the quadratic path over all prefixes.
+    Decoding is incremental: a window of ids that starts at a character boundary is decoded with and without
+    the newest tokens, and the difference is new text. Tokenizers whose text is not the sum of such windows
+    are recognised (the pieces are compared with the whole) and take the quadratic path over all prefixes.
 
     Returns (text, ends) with len(ends) == len(ids), ends non-decreasing, ends[-1] == len(text).
     """
@@ -119,7 +122,9 @@ def text_and_token_ends(ids: Sequence[int], decode: Callable[[list[int]], str]) 
 
 
 def _prefix_ends(ids: list[int], text: str, decode: Callable[[list[int]], str]) -> list[int]:
-    """The definition, word for word: after t tokens, the characters that the prefix shares with the whole text."""
+    """The definition, word for word: after t tokens, the characters that the prefix shares with the whole
+    text.
+    """
     ends: list[int] = []
     for stop in range(1, len(ids) + 1):
         prefix = decode(ids[:stop]).rstrip(REPLACEMENT)

@@ -1,13 +1,14 @@
 """Receiving side of a weight sync: vLLM weight-transfer engines that verify every tensor before loading it.
 
-`gloo` (ours, CPU) and `rlgaf_nccl` (vLLM's packed NCCL engine with a checking loader) share one life cycle, because CPU
-vLLM repacks weights and quantised layers process theirs after loading: `start_weight_update` restores the layers'
-load-time form, `update_weights` receives, checks and loads, `finish_weight_update` processes what is left.
+`gloo` (ours, CPU) and `rlgaf_nccl` (vLLM's packed NCCL engine with a checking loader) share one life cycle,
+because CPU vLLM repacks weights and quantised layers process theirs after loading: `start_weight_update`
+restores the layers' load-time form, `update_weights` receives, checks and loads, `finish_weight_update`
+processes what is left.
 """
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -27,8 +28,8 @@ from rollout.wire import CheckedLoader, Entry, GlooGroup, WireError, receive
 
 @dataclass
 class SyncTimings:
-    """Seconds of the last sync on the receiver: `wire_s` waiting for bytes, `checksum_s`, `load_s` in load_weights
-    (it repacks each completed layer), `finalize_s` for the layers left over."""
+    """Seconds of the last sync on the receiver: `wire_s` waiting for bytes, `checksum_s`, `load_s` in
+    load_weights (it repacks each completed layer), `finalize_s` for the layers left over."""
 
     wire_s: float = 0.0
     checksum_s: float = 0.0
@@ -71,6 +72,24 @@ def _receiver_name(vllm_config: Any) -> str:
     return f"{name} rank {rank}" if vllm_config.parallel_config.world_size > 1 else str(name)
 
 
+def _tied_names(model: torch.nn.Module) -> set[str]:
+    """Second names of shared parameters. They get no weights of their own, and the layer-wise life cycle,
+    which gives every layer placeholders, hides that they are shared."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def _repack_tied(model: torch.nn.Module, names: set[str]) -> None:
+    """Process the layers that share another layer's weight once more.
+
+    No weight is loaded into them, so the life cycle leaves them alone; but CPU vLLM computes a tied LM head
+    from a packed copy of the weight, which would stay the old policy's.
+    """
+    for name in names:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        cast(Any, layer).quant_method.process_weights_after_loading(layer)
+
+
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """Weights over gloo into CPU memory; the trainer is rank 0."""
 
@@ -83,6 +102,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._receiver = _receiver_name(vllm_config)
         self._group: GlooGroup | None = None
         self._bucket_bytes = 0
+        self._tied = _tied_names(model)
         self._parameters: set[str] = set()
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
@@ -97,7 +117,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def start_weight_update(self) -> None:
         self.timings = SyncTimings()
         initialize_layerwise_reload(self.model)
-        self._parameters = {name for name, _ in self.model.named_parameters()}
+        self._parameters = {name for name, _ in self.model.named_parameters()} - self._tied
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
@@ -106,7 +126,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """Raises WireError naming this worker and the tensor; the model is unusable afterwards."""
         if self._group is None:
             raise WireError(f"{self._receiver}: no weight-transfer group; call init_weight_transfer first")
-        loader = CheckedLoader(self.model.load_weights, self._receiver, self._parameters)
+        loader = CheckedLoader(cast(Any, self.model).load_weights, self._receiver, self._parameters)
         try:
             self.timings.wire_s = receive(self._group, update_info.entries(), self._bucket_bytes, loader)
         except RuntimeError as error:
@@ -118,6 +138,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def finish_weight_update(self) -> None:
         started = time.perf_counter()
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied(self.model, self._tied)
         self.timings.finalize_s = time.perf_counter() - started
 
     def shutdown(self) -> None:
@@ -133,6 +154,7 @@ class CheckedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
         super().__init__(config, vllm_config, device, model)
         self.timings = SyncTimings()
         self._receiver = _receiver_name(vllm_config)
+        self._tied = _tied_names(model)
         self._parameters: set[str] = set()
 
     def init_transfer_engine(self, init_info: Any) -> None:
@@ -145,13 +167,13 @@ class CheckedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
     def start_weight_update(self) -> None:
         self.timings = SyncTimings()
         super().start_weight_update()
-        self._parameters = {name for name, _ in self.model.named_parameters()}
+        self._parameters = {name for name, _ in self.model.named_parameters()} - self._tied
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Raises WireError naming this worker and the tensor; the model is unusable afterwards."""
         if self.model_update_group is None:
             raise WireError(f"{self._receiver}: no weight-transfer group; call init_weight_transfer first")
-        loader = CheckedLoader(self.model.load_weights, self._receiver, self._parameters)
+        loader = CheckedLoader(cast(Any, self.model).load_weights, self._receiver, self._parameters)
         started = time.perf_counter()
         packed_nccl_broadcast_consumer(
             iterator=(

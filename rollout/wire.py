@@ -1,9 +1,10 @@
 """The weight wire: tensors packed in buckets, each preceded by its checksum, over a gloo group of its own.
 
-Both ends derive the buckets from the same list of (name, dtype, shape), so nothing but bytes travels. Every tensor NAME
-is preceded by a tensor `rlgaf.checksum::NAME` of eight bytes. The receiver recomputes the sum from the bytes that
-arrived and refuses to load a tensor whose sums differ. A refusal does not stop the receiver from draining the wire:
-the sender must come to its end to hear the reason, a receiver that stops listening would leave it hanging.
+Both ends derive the buckets from the same list of (name, dtype, shape), so nothing but bytes travels. Every
+tensor NAME is preceded by a tensor `rlgaf.checksum::NAME` of eight bytes. The receiver recomputes the sum
+from the bytes that arrived and refuses to load a tensor whose sums differ. A refusal does not stop the
+receiver from draining the wire: the sender must come to its end to hear the reason, a receiver that stops
+listening would leave it hanging.
 """
 
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ import torch.distributed as dist
 CHECKSUM_PREFIX = "rlgaf.checksum::"
 CHECKSUM_BYTES = 8
 ALIGNMENT = 16
-CHUNK = 1 << 15  # 32-bit words; the chunk, its weights and its products stay inside a core's L2 cache
+CHUNK = 1 << 16  # 32-bit words; a chunk, its weights and its products stay near a core's caches
 CUDA_ROWS = 1 << 10
 
 Pair = tuple[str, torch.Tensor]
@@ -41,7 +43,9 @@ def _signed(x: int) -> int:
 
 @lru_cache(maxsize=8)
 def _weights(size: int, salt: int, device: torch.device) -> torch.Tensor:
-    """Odd 64-bit pseudo-random weights, int64 [size]: splitmix64 (Steele, Lea, Flood 2014) of the position."""
+    """Odd 64-bit pseudo-random weights, int64 [size]: splitmix64 (Steele, Lea, Flood 2014) of the
+    position.
+    """
     z = (torch.arange(1, size + 1, dtype=torch.int64) + (salt << 40)) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
@@ -51,10 +55,11 @@ def _weights(size: int, salt: int, device: torch.device) -> torch.Tensor:
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Position-weighted sum of a tensor's bytes, uint8 [8] on its device (an int64, native byte order).
 
-    sum_c v_c * sum_i w_i x_ci + v_0 * nbytes (mod 2^64), x the 32-bit words in chunks of CHUNK, w and v odd. A single
-    changed word always changes the sum: |difference| < 2^32 times an odd number is never 0 mod 2^64. Exchanged words
-    i, j go unnoticed only when 2^33 divides w_i - w_j: words of 32 bits in 64-bit sums, for a sum of 64-bit words would
-    miss two words exchanged that differ in their sign bit. It finds accidents, not attacks.
+    sum_c v_c * sum_i w_i x_ci + v_0 * nbytes (mod 2^64), x the 32-bit words in chunks of CHUNK, w and v
+    odd. A single changed word always changes the sum: |difference| < 2^32 times an odd number is never 0
+    mod 2^64. Exchanged words i, j go unnoticed only when 2^33 divides w_i - w_j: words of 32 bits in 64-bit
+    sums, for a sum of 64-bit words would miss two words exchanged that differ in their sign bit. It finds
+    accidents, not attacks.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     nbytes = data.numel()
@@ -80,7 +85,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 def hex_checksum(value: torch.Tensor) -> str:
     """The sum as 16 hexadecimal digits, for messages."""
-    return f"{value.cpu().clone().view(torch.int64).item() & (2**64 - 1):016x}"
+    return f"{int(value.cpu().clone().view(torch.int64)) & (2**64 - 1):016x}"
 
 
 def with_checksums(pairs: Iterable[Pair]) -> Iterator[Pair]:
@@ -113,7 +118,8 @@ class Bucket:
 
 
 def plan_buckets(entries: Sequence[Entry], bucket_bytes: int) -> list[Bucket]:
-    """Cut the entries, in order, into buffers of at most `bucket_bytes` (a larger tensor gets one of its own).
+    """Cut the entries, in order, into buffers of at most `bucket_bytes` (a larger tensor gets one of its
+    own).
 
     Each tensor starts at a multiple of ALIGNMENT, so that views of any dtype are legal.
     """
@@ -138,7 +144,9 @@ def pack(bucket: Bucket, entries: Sequence[Entry], pairs: Iterator[Pair]) -> tor
     Raises WireError, naming the tensor, when the stream does not follow the entries.
     """
     buffer = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-    for entry, offset in zip(entries[bucket.first : bucket.first + len(bucket.offsets)], bucket.offsets, strict=True):
+    for entry, offset in zip(
+        entries[bucket.first : bucket.first + len(bucket.offsets)], bucket.offsets, strict=True
+    ):
         name, tensor = next(pairs, (None, torch.empty(0)))
         if name != entry.name or tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
             raise WireError(
@@ -161,8 +169,8 @@ def unpack(bucket: Bucket, entries: Sequence[Entry], buffer: torch.Tensor) -> li
 class CheckedLoader:
     """Verify each tensor against the checksum that came before it, then hand the tensors to `load`.
 
-    Calling it never raises: after the first error it ignores what still arrives, and `finish` raises that error, so
-    the caller can drain the wire first.
+    Calling it never raises: after the first error it ignores what still arrives, and `finish` raises that
+    error, so the caller can drain the wire first.
 
         loader = CheckedLoader(model.load_weights, "rollout worker 1", expected=names)
         for pairs in wire: loader(pairs)
@@ -193,7 +201,9 @@ class CheckedLoader:
                 loaded = self._load(weights)
                 self._missing = self._missing - loaded if loaded is not None else set()
                 self.load_s += time.perf_counter() - checked
-        except Exception as error:  # kept for finish(): raising here would leave the sender hanging on a full wire
+        except (
+            Exception
+        ) as error:  # kept for finish(): raising here would leave the sender hanging on a full wire
             self._error = error
 
     def _verified(self, pairs: Iterable[Pair]) -> list[Pair]:
@@ -215,26 +225,31 @@ class CheckedLoader:
         wrong = (got != want).any(1).nonzero()
         if wrong.numel():
             i = int(wrong[0])
-            raise WireError(
-                f"{self._receiver}: tensor {weights[i][0]} is corrupted: checksum expected {hex_checksum(want[i])}, "
-                f"got {hex_checksum(got[i])}"
-            )
+            sums = f"checksum expected {hex_checksum(want[i])}, got {hex_checksum(got[i])}"
+            raise WireError(f"{self._receiver}: tensor {weights[i][0]} is corrupted: {sums}")
         return weights
 
     def finish(self) -> None:
-        """Raise the first error, or WireError when a tensor was announced and never came or a parameter got none."""
+        """Raise the first error, or WireError when a tensor was announced and never came or a parameter got
+        none.
+        """
         if self._error is not None:
             raise self._error
         if self._announced:
-            raise WireError(f"{self._receiver}: tensor {next(iter(self._announced))} was announced and never arrived")
+            raise WireError(
+                f"{self._receiver}: tensor {next(iter(self._announced))} was announced and never arrived"
+            )
         if self._missing:
             raise WireError(
-                f"{self._receiver}: {len(self._missing)} parameters got no weights, among them {min(self._missing)}"
+                f"{self._receiver}: {len(self._missing)} parameters got no weights, "
+                f"among them {min(self._missing)}"
             )
 
 
 def local_address(host: str, port: int) -> str:
-    """The address under which this machine reaches `host`: the interface that a gloo group with it must use."""
+    """The address under which this machine reaches `host`: the interface that a gloo group with it must
+    use.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
@@ -243,18 +258,23 @@ def local_address(host: str, port: int) -> str:
 class GlooGroup:
     """A gloo group beside torch's default group: rank 0 sends, every operation has a deadline.
 
-    Rank 0 opens the store with `GlooGroup.store(host)` and publishes its port; all ranks then construct the group.
+    Rank 0 opens the store with `GlooGroup.store(host)` and publishes its port; all ranks then construct the
+    group.
     """
 
     def __init__(self, store: dist.TCPStore, rank: int, size: int, timeout_s: float) -> None:
         self.rank = rank
         self._store = store
-        options = dist.ProcessGroupGloo._Options()
+        # torch publishes the class without its constructor options and collectives.
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [
-            dist.ProcessGroupGloo.create_device(hostname=local_address(store.host, store.port), lazy_init=False)
+            gloo.create_device(
+                hostname=local_address(store.host, store.port), lazy_init=False
+            )
         ]
-        self._group = dist.ProcessGroupGloo(dist.PrefixStore("rlgaf-weights", store), rank, size, options)
+        self._group = gloo(dist.PrefixStore("rlgaf-weights", store), rank, size, options)
 
     @staticmethod
     def store(host: str, timeout_s: float, port: int = 0) -> dist.TCPStore:
@@ -277,8 +297,9 @@ class GlooGroup:
 def receive(group: GlooGroup, entries: Sequence[Entry], bucket_bytes: int, loader: CheckedLoader) -> float:
     """Receive every bucket and give it to the loader; return the seconds spent waiting for bytes.
 
-    The next bucket is asked for before the current one is loaded, so loading does not hold up the wire. Each bucket has
-    a buffer of its own because vLLM keeps references to tensors until their layer is complete.
+    The next bucket is asked for before the current one is loaded, so loading does not hold up the wire.
+    Each bucket has a buffer of its own because vLLM keeps references to tensors until their layer is
+    complete.
     """
     buckets = plan_buckets(entries, bucket_bytes)
     waited = 0.0

@@ -1,11 +1,12 @@
 """A rollout worker: a vLLM engine that turns prompts into trajectories and takes new weights while it runs.
 
 Protocol of a sync, driven by the learner's rank 0: pause, start_weight_update, update_weights,
-finish_weight_update(version), resume. Requests in flight are kept and continue with the new weights; new ones wait.
-A worker whose update broke after it began holds half of two policies: it refuses everything and is to be restarted.
-A worker that missed a sync is stale: `generate(min_version=...)` refuses until a later sync brings it up to date.
+finish_weight_update(version), resume. Requests in flight are kept and continue with the new weights; new
+ones wait. A worker whose update broke after it began holds half of two policies: it refuses everything and
+is to be restarted. A worker that missed a sync is stale: `generate(min_version=...)` refuses until a later
+sync brings it up to date.
 
-    worker = ray.remote(RolloutWorker).options(num_cpus=...).remote(0, rollout, policy, sampling, model=..., ...)
+    worker = ray.remote(RolloutWorker).options(num_cpus=...).remote(0, rollout, policy, sampling, ...)
     info = ray.get(worker.start.remote())
     table = ray.get(worker.generate.remote(requests, min_version=3))
 """
@@ -21,6 +22,7 @@ from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
 from rollout.engine import (
     Device,
     check_vllm_version,
+    decoder,
     end_token_id,
     engine_args,
     engine_environment,
@@ -55,9 +57,9 @@ class RolloutWorker:
     """One engine. All methods are coroutines for an async Ray actor and may run concurrently.
 
     index: the worker's number. model: local folder or hub name whose weights are policy version `version`.
-    max_model_len: longest prompt plus response in tokens. threads: OMP threads (CPU).
-    release_together: queue all requests of a call while the scheduler is paused and release them at once, so that
-    batches, and with request seeds the sampled tokens, do not depend on arrival times (exact mode).
+    max_model_len: longest prompt plus response in tokens. threads: OMP threads (CPU). release_together:
+    queue all requests of a call while the scheduler is paused and release them at once, so that batches,
+    and with request seeds the sampled tokens, do not depend on arrival times (exact mode).
     """
 
     def __init__(
@@ -122,13 +124,11 @@ class RolloutWorker:
         from transformers import AutoTokenizer
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             self._model, trust_remote_code=self._policy.trust_remote_code
         )
         self._end_token = end_token_id(tokenizer, self._policy.end_of_response)
-        self._decode = lambda ids: tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        self._decode = decoder(tokenizer)
         args = engine_args(
             self._rollout,
             self._policy,
@@ -153,15 +153,18 @@ class RolloutWorker:
     # Generation
 
     async def generate(self, requests: pa.Table, min_version: int = 0) -> pa.Table:
-        """`n` responses to each prompt of a REQUEST_SCHEMA table, as TRAJECTORY_SCHEMA ordered by trajectory id.
+        """`n` responses to each prompt of a REQUEST_SCHEMA table, as TRAJECTORY_SCHEMA ordered by
+        trajectory id.
 
-        Raises StaleWorkerError below `min_version`, BrokenWorkerError, ValueError for a prompt that leaves no room
-        for max_tokens, WorkerError at generate_timeout_s.
+        Raises StaleWorkerError below `min_version`, BrokenWorkerError, ValueError for a prompt that leaves
+        no room for max_tokens, WorkerError at generate_timeout_s.
         """
         return await self._sample(requests, {}, min_version)
 
     async def sample(self, requests: pa.Table, overrides: dict[str, Any], min_version: int = 0) -> pa.Table:
-        """Like `generate` with other sampling settings, truncating ones included: for evaluation, not training."""
+        """Like `generate` with other sampling settings, truncating ones included: for evaluation, not
+        training.
+        """
         return await self._sample(requests, overrides, min_version)
 
     async def _sample(self, requests: pa.Table, overrides: dict[str, Any], min_version: int) -> pa.Table:
@@ -227,7 +230,10 @@ class RolloutWorker:
         params.prompt_logprobs = 0
         outputs = await self._complete([(sequence, params) for sequence in ids])
         return [
-            [entry[token].logprob for token, entry in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
+            [
+                entry[token].logprob
+                for token, entry in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
+            ]
             for sequence, output in zip(ids, outputs, strict=True)
         ]
 
@@ -245,7 +251,9 @@ class RolloutWorker:
                 await self._engine.abort([c.request_id for c in collectors], internal=True)
             raise
 
-    async def _queue_and_collect(self, prompts: list[tuple[list[int], Any]], collectors: list[Any]) -> list[Any]:
+    async def _queue_and_collect(
+        self, prompts: list[tuple[list[int], Any]], collectors: list[Any]
+    ) -> list[Any]:
         """Queue in order, one after the other: the scheduler's order must not depend on task switching."""
         if not self._release_together:
             await self._queue(prompts, collectors)
@@ -270,7 +278,9 @@ class RolloutWorker:
     # Weight sync
 
     async def pause(self) -> None:
-        """Stop scheduling, keep requests in flight, and drop the prefix cache: its entries are the old policy's."""
+        """Stop scheduling, keep requests in flight, and drop the prefix cache: its entries are the old
+        policy's.
+        """
         self._check_usable()
         async with self._admission:
             self._running.clear()
@@ -291,7 +301,9 @@ class RolloutWorker:
         await self._sync_call("init_weight_transfer", self._engine.init_weight_transfer_engine(request))
 
     async def start_weight_update(self) -> None:
-        """From here until finish_weight_update the weights are neither version; a failure breaks the worker."""
+        """From here until finish_weight_update the weights are neither version; a failure breaks the
+        worker.
+        """
         self._check_usable()
         if self._running.is_set():
             raise WorkerError(f"{self.name}: start_weight_update without pause")
@@ -312,7 +324,9 @@ class RolloutWorker:
         self.version = version
 
     async def sync_timings(self) -> dict[str, float]:
-        """Seconds of the last sync: wire_s, checksum_s, load_s, finalize_s; the slowest rank's where there are more."""
+        """Seconds of the last sync: wire_s, checksum_s, load_s, finalize_s; the slowest rank's where there
+        are more.
+        """
         ranks = await self._sync_call("sync_timings", self._engine.collective_rpc("rlgaf_sync_timings"))
         return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
 
@@ -332,12 +346,16 @@ class RolloutWorker:
 
     def _check_usable(self) -> None:
         if self._broken:
-            raise BrokenWorkerError(f"{self.name} must be restarted, its last weight update broke: {self._broken}")
+            raise BrokenWorkerError(
+                f"{self.name} must be restarted, its last weight update broke: {self._broken}"
+            )
         if self._engine is None:
             raise WorkerError(f"{self.name} is not running")
 
     async def _deadline(self, call: Awaitable[T], seconds: float, what: str) -> T:
-        """Await with a deadline; every error from the engine comes out as a WorkerError with the worker's name."""
+        """Await with a deadline; every error from the engine comes out as a WorkerError with the worker's
+        name.
+        """
         try:
             return await asyncio.wait_for(call, seconds)
         except TimeoutError:

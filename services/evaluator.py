@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from services.config import Config
-from services.evaluation.embed import Embedder
+from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
 from services.report import write_samples
 from services.system import System, first_prompts
@@ -145,11 +145,10 @@ class Evaluator:
 
     def _embed(self) -> Embedder | None:
         settings = self.config.evaluation
-        if settings.embedding_model == "none":
-            return None
         if self._embedder is None:
-            self._embedder = Embedder(
-                settings.embedding_model or self.config.policy.model,
+            self._embedder = make_embedder(
+                settings.embedding_model,
+                self.config.policy.model,
                 threads=settings.embedding_threads,
                 max_tokens=settings.embedding_max_tokens,
                 trust_remote_code=self.config.policy.trust_remote_code,

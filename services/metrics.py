@@ -171,11 +171,15 @@ class PhaseTimer:
     row = timer.take()                  # {"generate": 7.1} of this step, then counts from zero
 
     Phases may overlap (the discriminator trains while the policy generates), so shares can add up to more
-    than the wall time. The clock is injected: any callable that returns seconds.
+    than the wall time. The clock is injected: any callable that returns seconds; `entered` is told each phase as
+    it begins.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, entered: Callable[[str], None] = lambda phase: None
+    ) -> None:
         self._clock = clock
+        self._entered = entered
         self._step: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
@@ -184,6 +188,7 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the block's duration to `phase`, also when the block raises."""
         start = self._clock()
+        self._entered(phase)
         try:
             yield
         finally:

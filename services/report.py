@@ -30,7 +30,7 @@ Curve = Sequence[tuple[int, Mapping[str, Any]]]
 
 COLUMNS = ("C2ST [95 %]", "NLL", "ROUGE-L", "chrF", "distinct-2", "self-BLEU", "length", "copied")
 LEGEND = (
-    "C2ST: accuracy of a fresh classifier, human or model; 0.5 = cannot tell; the human row is humans against "
+    "C2ST: accuracy of a fresh classifier, human or model; 0.5 = cannot tell; human row: humans against "
     "humans. NLL: human answers under the policy, nats per token; in the human row the best of the policies, "
     "an upper bound on the humans' entropy. ROUGE-L, chrF: overlap with the human answer; in the human row "
     "with the answer to another prompt. distinct-2, self-BLEU: diversity, best near the human row. "
@@ -94,7 +94,8 @@ def phase_rows(phases: Phases, wall: float | None = None) -> list[list[str]]:
 
 
 PHASE_COLUMNS = ("phase", "seconds", "share", "tokens", "tokens/s")
-SAMPLE_COLUMNS = ("prompt", "human", "model")
+SAMPLE_COLUMNS = ("prompt", "human", "base", "model")
+"""Columns of the samples; one that the samples do not have (`base` during a run) is left out."""
 
 
 def phase_table(phases: Phases, wall: float | None = None) -> Table:
@@ -107,21 +108,26 @@ def phase_table(phases: Phases, wall: float | None = None) -> Table:
     return table
 
 
+def sample_columns(samples: Sequence[Mapping[str, str]]) -> list[str]:
+    """Which of `SAMPLE_COLUMNS` the samples have."""
+    return [column for column in SAMPLE_COLUMNS if all(column in sample for sample in samples)]
+
+
 def sample_rows(samples: Sequence[Mapping[str, str]], width: int = 200) -> list[list[str]]:
-    """Samples (`prompt`, `human`, `model`) as cells on one line each, long texts cut in the middle."""
+    """Cells of the samples in the order of `sample_columns`, one line each, long texts cut in the middle."""
 
     def cut(text: str) -> str:
         flat = " ".join(text.split())
         half = width // 2 - 1
         return flat if len(flat) <= width else f"{flat[:half]} … {flat[-half:]}"
 
-    return [[cut(sample[column]) for column in SAMPLE_COLUMNS] for sample in samples]
+    return [[cut(sample[column]) for column in sample_columns(samples)] for sample in samples]
 
 
 def sample_table(samples: Sequence[Mapping[str, str]], title: str = "Samples") -> Table:
     """Model answers beside the demonstrations, for a terminal."""
     table = Table(title=title, show_lines=True)
-    for column in SAMPLE_COLUMNS:
+    for column in sample_columns(samples):
         table.add_column(column, overflow="fold")
     for cells in sample_rows(samples):
         table.add_row(*(Text(cell) for cell in cells))
@@ -226,7 +232,7 @@ def write_report(
             markdown_table(("step", *keys), steps),
         ]
     if samples:
-        parts += ["## Samples", markdown_table(SAMPLE_COLUMNS, sample_rows(samples))]
+        parts += ["## Samples", markdown_table(sample_columns(samples), sample_rows(samples))]
     parts += ["## Where the time went", markdown_table(PHASE_COLUMNS, phase_rows(phases, wall))]
     lines = [f"- step {alarm.step}, {alarm.name}: {alarm.message}" for alarm in alarms]
     parts += ["## Alarms", "\n".join(lines) or "None."]

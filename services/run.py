@@ -13,9 +13,10 @@ from rich.console import Console
 from rollout.data import DataSplits, load_data, require_at_least
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
-from services.alarms import Alarms
+from services.alarms import AlarmBounds, Alarms
 from services.checkpoint import Checkpoints, verify
 from services.config import Config, ConfigError, to_toml
+from services.metrics import MetricsLog, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 
 INTERRUPTED = 130
@@ -129,7 +130,6 @@ class _Run:
         from services.controller import Controller
         from services.display import Display
         from services.evaluator import Evaluator
-        from services.metrics import MetricsLog
         from services.system import System
 
         self.config = config
@@ -145,9 +145,9 @@ class _Run:
         (config.folder / "config.toml").write_text(to_toml(config))
         self.display = Display(config.run.steps, start, console)
         self.log = MetricsLog(config.folder)
-        self.alarms = Alarms()
+        self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.system = System(config, plan, splits, renderer)
-        self.controller = Controller(config, self.system, self.observe)
+        self.controller = Controller(config, self.system, self.observe, self.display.phase)
         self.evaluator = Evaluator(config, self.system, self.display.note)
 
     async def main(self) -> int:
@@ -250,9 +250,9 @@ class _Run:
         self.alarms.load_state_dict(state["alarms"])
         self.earlier_seconds = state["seconds"]
         self.log.truncate_after(self.controller.step)
+        self.rows = read_metrics(self.log.path)
 
     def _report(self, evaluation: dict[str, dict[str, Any]], memory: dict[str, float]) -> None:
-        from services.metrics import process_memory
         from services.report import print_report, write_report, write_summary
 
         config, folder = self.config, self.config.folder

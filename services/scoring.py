@@ -19,8 +19,9 @@ from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from discriminator.config import ScoringConfig
+from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
+from discriminator.versions import UnknownVersion
 
 HTTP = FastAPI(title="rlgaf discriminator", version="1")
 
@@ -46,20 +47,20 @@ class ScoreResponse(BaseModel):
 
 
 class _Replica:
-    """One scoring replica. `scorer_config` are `Scorer`'s keyword arguments; `store` is the version store's actor."""
+    """One scoring replica; `store` is the version store's actor."""
 
     def __init__(
-        self, scorer_config: dict[str, Any], store: Any, threads: int, scoring: ScoringConfig, token: str
+        self, config: DiscriminatorConfig, model: str, model_dtype: str, store: Any, threads: int, token: str
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.scorer = Scorer(**scorer_config)
+        self.scorer = Scorer(config, model, model_dtype=model_dtype)
         self.store = store
         self.token = token
-        self.timeout_s = scoring.timeout_s
-        self._score_batch.set_max_batch_size(scoring.max_batch_groups)  # type: ignore[attr-defined]
-        self._score_batch.set_batch_wait_timeout_s(scoring.batch_wait_s)  # type: ignore[attr-defined]
+        self.timeout_s = config.scoring.timeout_s
+        self._score_batch.set_max_batch_size(config.scoring.max_batch_groups)  # type: ignore[attr-defined]
+        self._score_batch.set_batch_wait_timeout_s(config.scoring.batch_wait_s)  # type: ignore[attr-defined]
 
     async def score(
         self, version: int, prompt_text: str, responses: list[tuple[str, bool]]
@@ -73,22 +74,27 @@ class _Replica:
     ) -> list[list[dict[str, Any]]]:
         answers: dict[int, list[dict[str, Any]]] = {}
         for version in sorted({request[0] for request in requests}):
-            await self._ensure(version)
             rows = [i for i, request in enumerate(requests) if request[0] == version]
             scored = await asyncio.to_thread(
-                self.scorer.score, version, [requests[i][1] for i in rows], [requests[i][2] for i in rows]
+                self._score, version, [requests[i][1] for i in rows], [requests[i][2] for i in rows]
             )
             answers.update(zip(rows, scored, strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    async def _ensure(self, version: int) -> None:
-        if not self.scorer.has(version):
-            checksum, payload = await asyncio.wait_for(self.store.fetch.remote(version), self.timeout_s)
-            await asyncio.to_thread(self.scorer.load, version, checksum, payload)
+    def _score(
+        self, version: int, prompts: list[str], responses: list[list[tuple[str, bool]]]
+    ) -> list[list[dict[str, Any]]]:
+        self.scorer.ensure(version, self._fetch)
+        scored = self.scorer.score(version, prompts, responses)
+        return [[{"scores": item.scores, "spans": item.spans} for item in group] for group in scored]
+
+    def _fetch(self, version: int) -> tuple[str, Any]:
+        checksum, payload = ray.get(self.store.fetch.remote(version), timeout=self.timeout_s)
+        return checksum, ray.get(payload[0], timeout=self.timeout_s)
 
     async def check_health(self) -> None:
         """Serve's health probe: the version store must answer."""
-        await asyncio.wait_for(self.store.newest.remote(), self.timeout_s)
+        await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
 
 
 @serve.deployment(name="scoring")
@@ -111,7 +117,7 @@ class HttpScoringReplica(_Replica):
             version = await self.store.newest.remote()
         try:
             scored = await self.score(version, request.prompt, [(text, request.complete) for text in request.responses])
-        except (ray.exceptions.RayTaskError, KeyError) as error:
+        except UnknownVersion as error:
             raise HTTPException(status_code=404, detail=f"discriminator version {version}: {error}") from None
         return ScoreResponse(disc_version=version, scores=[float(item["scores"][-1]) for item in scored])
 
@@ -123,24 +129,16 @@ class HttpScoringReplica(_Replica):
 
 def deploy(
     name: str,
-    scorer_config: dict[str, Any],
+    config: DiscriminatorConfig,
+    model: str,
+    model_dtype: str,
     store: Any,
-    scoring: ScoringConfig,
     *,
     threads: int,
     use_gpu: bool,
 ) -> DeploymentHandle:
-    """Start the deployment (blocking) and return its handle.
-
-    Raises:
-        ValueError: HTTP is asked for and the token's environment variable is empty.
-    """
-    token = os.environ.get(scoring.http_token_env, "")
-    if scoring.http and not token:
-        raise ValueError(
-            f"discriminator.scoring.http is on but the environment variable {scoring.http_token_env} with the bearer "
-            "token is empty"
-        )
+    """Start the deployment (blocking) and return its handle."""
+    scoring = config.scoring
     serve.start(
         proxy_location="HeadOnly" if scoring.http else "Disabled",
         http_options={"host": scoring.http_host, "port": scoring.http_port},
@@ -155,5 +153,5 @@ def deploy(
             "num_gpus": 1 if use_gpu else 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         },
-    ).bind(scorer_config, store, threads, scoring, token)
+    ).bind(config, model, model_dtype, store, threads, os.environ.get(scoring.http_token, ""))
     return serve.run(app, name=name, route_prefix="/" if scoring.http else None)

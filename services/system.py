@@ -21,6 +21,7 @@ from learner.trainer import GroupPlan, TrainerGroup
 from rollout.data import DataSplits
 from rollout.prompts import PromptSource, evaluation_requests
 from rollout.templates import Renderer
+from services.answers import human_answers
 from services.config import Config
 from services.demonstrations import Demonstrations
 from services.fleet import FleetError, RolloutFleet
@@ -53,6 +54,7 @@ class System:
         """Bring everything up; `say` is told what is being waited for."""
         config = self.config
         say(f"starting {config.rollout.workers} rollout worker(s), learner, discriminator and scoring")
+        self.train_demonstrations = ray.put(self.demonstrations.train)
         self.fleet = RolloutFleet(config, self.plan)
         self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
         self.versions = ray.remote(VersionStore).options(num_cpus=0).remote()
@@ -96,11 +98,14 @@ class System:
         settled = {
             "threads": self.plan.role("discriminator").threads,
             "device": self.plan.devices["discriminator"],
-            "model": config.discriminator.model or config.policy.model,
+            "schedule_steps": config.discriminator.schedule_steps or config.run.steps,
         }
         return {
             "config": config.discriminator.model_copy(update=settled),
+            "model": config.discriminator.model or config.policy.model,
+            "model_dtype": config.policy.dtype,
             "versions": self.versions,
+            "publish_timeout_s": config.discriminator.scoring.timeout_s,
             "seed": config.run.seed,
         }
 
@@ -117,10 +122,12 @@ class System:
         )
 
     def _deploy(self) -> Any:
-        role = self.plan.role("scoring")
+        role, settings = self.plan.role("scoring"), self._discriminator_config()
         return deploy(
             f"rlgaf-{self.config.run.name}",
-            self._discriminator_config()["config"],
+            settings["config"],
+            settings["model"],
+            self.config.policy.dtype,
             self.versions,
             threads=role.threads,
             use_gpu=role.gpus > 0,
@@ -187,23 +194,13 @@ class System:
             "turn",
             timeout_s=settings.step_timeout_s,
             rollouts=ray.put(rollouts),
-            demonstrations=ray.put(self._draw(rollouts, step)),
+            demonstrations=self.train_demonstrations,
             fresh=ray.put(batch),
-            heldout=ray.put(self.demonstrations.draw_heldout(settings.heldout_size, seed=seed, step=step)),
+            heldout=ray.put(self.demonstrations.heldout),
             step=step,
         )
         self.disc_version = step + 1
         return {**metrics[0], "buffer": await self.buffer.stats.remote()}
-
-    def _draw(self, rollouts: pa.Table, step: int) -> pa.Table:
-        settings = self.config.discriminator
-        return self.demonstrations.draw(
-            rollouts.num_rows,
-            prompts=rollouts["prompt_id"].to_pylist(),
-            paired=settings.pair_demonstrations,
-            seed=self.config.run.seed,
-            step=step,
-        )
 
     # Before, between and after
 
@@ -217,12 +214,14 @@ class System:
         prompts = max(1, min(len(source), -(-wanted // self.config.sampling.group_size)))
         say(f"warming the discriminator up on {prompts * self.config.sampling.group_size} base rollouts")
         rollouts = await self.generate(source.next(prompts, 0), 0)
+        apart = min(settings.heldout_size, rollouts.num_rows // 4)
         metrics = await self.discriminator.call(
             "warm_up",
             timeout_s=settings.step_timeout_s,
-            rollouts=ray.put(rollouts),
-            demonstrations=ray.put(self.demonstrations.train),
+            rollouts=ray.put(rollouts.slice(apart)),
+            demonstrations=self.train_demonstrations,
             heldout=ray.put(self.demonstrations.heldout),
+            heldout_rollouts=ray.put(rollouts.slice(0, apart)),
         )
         self.disc_version = 0
         return metrics[0]
@@ -237,20 +236,7 @@ class System:
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
-        rows = first_prompts(split, prompts)
-        limit = self.config.sampling.max_tokens
-        answers = [
-            (self.renderer.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.renderer.end_id])[:limit]
-            for text in rows["response"].to_pylist()
-        ]
-        table = pa.table(
-            {
-                "group_id": rows["prompt_id"],
-                "prompt_ids": pa.array([self.renderer.encode(t) for t in rows["prompt_text"].to_pylist()],
-                                       pa.list_(pa.int32())),
-                "response_ids": pa.array(answers, pa.list_(pa.int32())),
-            }
-        )  # fmt: skip
+        table = human_answers(first_prompts(split, prompts), self.renderer, self.config.sampling.max_tokens)
         timeout = self.config.learner.step_timeout_s
         return (await self.learner.call("mean_nll", timeout_s=timeout, table=ray.put(table)))[0]
 
@@ -300,17 +286,13 @@ class System:
         )
 
     async def _sync(self) -> dict[str, float]:
+        timeout = 2 * self.config.rollout.sync_timeout_s
         while True:
-            answer = (
-                await self.learner.call(
-                    "sync", timeout_s=2 * self.config.rollout.sync_timeout_s, version=self.policy_version
-                )
-            )[0]
-            if not answer.pop("failed"):
-                workers = await self.fleet.timings()
-                slowest = {key: max(timing[key] for timing in workers) for key in workers[0]}
-                return {**answer, **{f"worker_{key}": value for key, value in slowest.items()}}
-            await self._replace(FleetError(answer["error"], list(range(len(self.fleet.actors)))))
+            answer = (await self.learner.call("sync", timeout_s=timeout, version=self.policy_version))[0]
+            if "error" not in answer:
+                del answer["replace"]
+                return answer
+            await self._replace(FleetError(answer["error"], answer["replace"]))
 
     async def _mend(self, error: FleetError) -> None:
         """Replace failed workers and bring them up to the current version."""

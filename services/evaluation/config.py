@@ -20,10 +20,7 @@ class EvaluationConfig(Section):
     """Test prompts read for base, best and last at the end (all of them when the split is smaller)."""
 
     samples_per_prompt: PositiveInt = 1
-    """Responses per prompt.
-
-    Classifier and diversity measures read the first one, the others average over all.
-    """
+    """Responses per prompt. Classifier and diversity read the first one, the others average over all."""
 
     temperature: PositiveFloat = 1.0
     """Sampling temperature of evaluation responses; 1 measures the distribution that is trained."""

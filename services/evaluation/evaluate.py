@@ -34,10 +34,11 @@ def evaluate_texts(
 ) -> Row:
     """Measure a policy: `generated[i]` and `human[i]` answer prompt `prompt_ids[i]`.
 
-    With several samples a prompt the human answer is repeated; overlap, length and copying average over all
-    samples, classifier, coverage and diversity read the first of each, so that both sides count alike. `nll`:
-    mean negative log-likelihood of the human answers under the policy, nats per token. `embed(texts,
-    keep=False)` -> [n, d] is an `Embedder` (None: n-gram classifier only, and `c2st_embedding` is None).
+    A prompt may come several times, with further samples or further human answers. Overlap, length and
+    copying average over all rows; classifier, coverage and diversity read the first row of a prompt, so that
+    both sides count alike and no text counts twice. `nll`: mean negative log-likelihood of the human answers
+    under the policy, nats per token. `embed(texts, keep=False)` -> [n, d] is an `Embedder` (None: n-gram
+    classifier only, and `c2st_embedding` is None).
 
     Returns `KEYS` and c2st_low, c2st_high, c2st_ngram, c2st_embedding, c2st_classifier, coverage, distinct_1,
     distinct_3, length_p10, length_p50, length_p90, empty_rate, copy_ngram_rate, prompts, samples. ROUGE-L,
@@ -51,7 +52,7 @@ def evaluate_texts(
     model = [normalise(text) for text in generated]
     person = [normalise(text) for text in human]
     seen = [normalise(text) for text in train_responses]
-    first = _first_rows(prompt_ids, person)
+    first = _first_rows(prompt_ids)
     ids, one, ref = [prompt_ids[i] for i in first], [model[i] for i in first], [person[i] for i in first]
     one_vectors = None if embed is None else embed(one)
     ref_vectors = None if embed is None else embed(ref, keep=True)
@@ -98,7 +99,7 @@ def human_row(
     """
     person = [normalise(text) for text in human]
     seen = [normalise(text) for text in train_responses]
-    first = _first_rows(prompt_ids, person)
+    first = _first_rows(prompt_ids)
     ids, ref = [prompt_ids[i] for i in first], [person[i] for i in first]
     vectors = None if embed is None else embed(ref, keep=True)
     test = human_floor(
@@ -173,11 +174,11 @@ def selection_key(row: Mapping[str, Any]) -> float:
     return float(row["coverage"]) - 2.0 * max(float(row["c2st"]) - 0.5, 0.0)
 
 
-def _first_rows(prompt_ids: Sequence[str], human: Sequence[str]) -> list[int]:
-    """Index of the first row of every pair of prompt and human answer."""
-    rows: dict[tuple[str, str], int] = {}
-    for index, key in enumerate(zip(prompt_ids, human, strict=True)):
-        rows.setdefault(key, index)
+def _first_rows(prompt_ids: Sequence[str]) -> list[int]:
+    """Index of the first row of every prompt: no human answer and no sample is then counted twice."""
+    rows: dict[str, int] = {}
+    for index, name in enumerate(prompt_ids):
+        rows.setdefault(name, index)
     return list(rows.values())
 
 

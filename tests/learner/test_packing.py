@@ -19,7 +19,12 @@ def gqa_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        vocab_size=300, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=128, **sizes, **changes
+        vocab_size=300,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+        **sizes,
+        **changes,
     )
     config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
@@ -46,7 +51,9 @@ def test_packed_equals_unpacked_in_logprobs_loss_and_gradients(uneven_table, pac
         logprob, entropy = flat_logprobs(model, batches, samples.tokens)
         loss = (coefficient * logprob).mean() + 0.1 * entropy.mean()
         loss.backward()
-        results.append((logprob.detach(), entropy.detach(), loss.item(), [p.grad for p in model.parameters()]))
+        results.append(
+            (logprob.detach(), entropy.detach(), loss.item(), [p.grad for p in model.parameters()])
+        )
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=0)
     assert results[0][2] == pytest.approx(results[1][2], abs=1e-5)

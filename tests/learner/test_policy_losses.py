@@ -1,6 +1,7 @@
 """Losses, KL estimators, returns, baselines and importance weights against slow loops and closed forms."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ GROUPS = torch.tensor([0, 0, 1, 1, 1])
 
 def slow_returns(rewards, gamma):
     out = []
-    for lo, hi in zip(OFFSETS[:-1], OFFSETS[1:], strict=True):
+    for lo, hi in pairwise(OFFSETS):
         r = rewards[lo:hi].tolist()
         out += [sum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))]
     return torch.tensor(out)
@@ -29,11 +30,13 @@ def test_discounted_returns(gamma):
 
 def test_baselines_by_a_slow_loop():
     returns = torch.randn(13)
-    parts = [returns[lo:hi] for lo, hi in zip(OFFSETS[:-1], OFFSETS[1:], strict=True)]
+    parts = [returns[lo:hi] for lo, hi in pairwise(OFFSETS)]
     means = {i: float(p.mean()) for i, p in enumerate(parts) if len(p)}
     batch = sum(means.values()) / len(means)
     per_group = {g: [m for i, m in means.items() if GROUPS[i] == g] for g in (0, 1)}
-    expected = torch.cat([p - sum(per_group[int(GROUPS[i])]) / len(per_group[int(GROUPS[i])]) for i, p in enumerate(parts)])
+    expected = torch.cat(
+        [p - sum(per_group[int(GROUPS[i])]) / len(per_group[int(GROUPS[i])]) for i, p in enumerate(parts)]
+    )
     torch.testing.assert_close(advantages(returns, OFFSETS, GROUPS, baseline="group"), expected)
     torch.testing.assert_close(advantages(returns, OFFSETS, GROUPS, baseline="batch"), returns - batch)
     torch.testing.assert_close(advantages(returns, OFFSETS, GROUPS, baseline="none"), returns)
@@ -83,7 +86,10 @@ def test_k2_as_a_loss_has_the_gradient_of_the_exact_kl():
 def inputs(**changes):
     torch.manual_seed(3)
     n = 11
-    base = {name: torch.randn(n) * 0.4 - 2 for name in ("logprob", "old_logprob", "sampler_logprob", "reference_logprob")}
+    base = {
+        name: torch.randn(n) * 0.4 - 2
+        for name in ("logprob", "old_logprob", "sampler_logprob", "reference_logprob")
+    }
     base |= {"advantage": torch.randn(n), "importance": torch.rand(n) + 0.5, "entropy": torch.rand(n)}
     base["weight"] = torch.rand(n)
     return PolicyLossInputs(**(base | changes))
@@ -92,7 +98,8 @@ def inputs(**changes):
 def test_reinforce_by_a_slow_loop():
     x = inputs()
     expected = sum(
-        x.weight[i] * (-x.importance[i] * x.advantage[i] * x.logprob[i] - 0.1 * x.entropy[i]) for i in range(11)
+        x.weight[i] * (-x.importance[i] * x.advantage[i] * x.logprob[i] - 0.1 * x.entropy[i])
+        for i in range(11)
     )
     torch.testing.assert_close(policy_loss(x, entropy_coef=0.1).loss, expected)
 

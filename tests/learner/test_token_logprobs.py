@@ -27,7 +27,9 @@ def test_values_and_gradients_match_autograd(chunk, temperature, with_bias):
         if kind == "plain":
             logprob, entropy = plain(hidden, weight, bias, target, temperature)
         else:
-            logprob, entropy = token_logprobs(hidden, weight, bias, target, temperature=temperature, chunk=chunk)
+            logprob, entropy = token_logprobs(
+                hidden, weight, bias, target, temperature=temperature, chunk=chunk
+            )
         (upstream[0] @ logprob + upstream[1] @ entropy).backward()
         outputs.append([logprob, entropy, hidden.grad, weight.grad, *(r.grad for r in rest)])
     for a, b in zip(*outputs, strict=True):
@@ -61,7 +63,9 @@ def test_impossible_tokens_do_not_poison_the_entropy():
 
 
 def test_model_with_transformed_logits_is_refused():
-    config = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
 
     class Scaled(LlamaForCausalLM):
         def forward(self, *args, **kwargs):

@@ -1,4 +1,5 @@
-"""A step's result does not depend on how it is split: micro-batches, ranks, ZeRO stages. State survives a reload exactly."""
+"""A step's result does not depend on how it is split: micro-batches, ranks, ZeRO stages. State survives a
+reload exactly."""
 
 import os
 import subprocess
@@ -35,7 +36,9 @@ SPLIT = {"pack_length": 24, "micro_batch_tokens": 48, "logits_chunk": 7}
 def assert_same(actual, expected, tolerance=2e-6):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, atol=tolerance, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], tensor, atol=tolerance, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +65,18 @@ def by_plain_pytorch(tiny_model, table):
     norms = []
     for _ in range(2):
         total = 0.0
-        for i, (p, r) in enumerate(zip(ragged(table, "prompt_ids"), ragged(table, "response_ids"), strict=True)):
+        for i, (p, r) in enumerate(
+            zip(ragged(table, "prompt_ids"), ragged(table, "response_ids"), strict=True)
+        ):
             ids = torch.tensor([[*p.tolist(), *r.tolist()]])
             rows, target = torch.arange(len(p) - 1, ids.shape[1] - 1), torch.tensor(r).long()
             log_p = torch.log_softmax(model(ids).logits[0], -1)[rows]
             with torch.no_grad():
                 ref = torch.log_softmax(base(ids).logits[0], -1)[rows, target]
-            chosen, part = log_p[torch.arange(len(r)), target], slice(samples.offsets[i], samples.offsets[i + 1])
+            chosen, part = (
+                log_p[torch.arange(len(r)), target],
+                slice(samples.offsets[i], samples.offsets[i + 1]),
+            )
             weight = (chosen - sampler[part]).detach().exp().clamp(max=2.0)
             entropy = -(log_p.exp() * log_p).sum(-1)
             total += (-weight * adv[part] * chosen + 0.1 * (chosen - ref) ** 2 / 2 - 0.01 * entropy).sum()
@@ -119,7 +127,9 @@ def test_two_ranks_with_an_uneven_split_change_nothing(tiny_model, reference_upd
     for rank in range(2):
         command = [sys.executable, str(Path(__file__).with_name("zero_worker.py")), str(tmp_path / "job.pt")]
         command += [str(rank), "2", str(tmp_path / "rendezvous")]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        ranks.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     outputs = [process.communicate(timeout=400)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
     results = torch.load(tmp_path / "out.pt", weights_only=False)
@@ -160,7 +170,8 @@ def test_loading_an_empty_folder_says_so(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_updates_too_small_for_bfloat16_are_not_lost(stage):
-    """Weight 1.0 with steps of 1e-4: bfloat16 resolves 2^-8 below 1, so without fp32 masters it would never move."""
+    """Weight 1.0 with steps of 1e-4: bfloat16 resolves 2^-8 below 1, so without fp32 masters it would never
+    move."""
 
     class One(nn.Module):
         def __init__(self) -> None:
@@ -206,7 +217,16 @@ def test_gradients_of_micro_batches_are_added_in_fp32():
 
 def test_schedules():
     cosine = OptimizerConfig(lr_schedule="cosine", warmup_steps=2, schedule_steps=6)
-    assert [round(schedule_factor(cosine, i), 4) for i in range(8)] == [0.5, 1.0, 1.0, 0.8536, 0.5, 0.1464, 0.0, 0.0]
+    assert [round(schedule_factor(cosine, i), 4) for i in range(8)] == [
+        0.5,
+        1.0,
+        1.0,
+        0.8536,
+        0.5,
+        0.1464,
+        0.0,
+        0.0,
+    ]
     linear = OptimizerConfig(lr_schedule="linear", schedule_steps=4)
     assert [schedule_factor(linear, i) for i in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     with pytest.raises(ValueError, match="schedule_steps"):

@@ -1,7 +1,7 @@
 """One rank of a multi-process learner test: run as `python zero_worker.py JOB RANK WORLD RENDEZVOUS`.
 
-JOB is a torch file with `model`, `table`, `stages`, `settings` and `out`. For each ZeRO stage the rank makes two policy
-updates and rank 0 saves weights and metrics; with stage 3 it also exports.
+JOB is a torch file with `model`, `table`, `stages`, `settings` and `out`. For each ZeRO stage the rank makes
+two policy updates and rank 0 saves weights and metrics; with stage 3 it also exports.
 """
 
 import sys
@@ -26,11 +26,15 @@ def two_updates(model, table, **settings):
 
 
 def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
+    )
     job = torch.load(job_file, weights_only=False)
     results = {}
     for stage in job["stages"]:
-        learner, metrics = two_updates(job["model"], job["table"], zero_stage=stage, ranks=world, **job["settings"])
+        learner, metrics = two_updates(
+            job["model"], job["table"], zero_stage=stage, ranks=world, **job["settings"]
+        )
         logprobs = learner.response_logprobs(job["table"])
         results[stage] = (whole_weights(learner), metrics, logprobs)
         folder = Path(job["out"]).parent / f"state-{stage}"
@@ -45,7 +49,9 @@ def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
         again.load(folder)
         again.train_step(job["table"], 2)
         resumed = whole_weights(again)
-        assert all(torch.equal(after[name], resumed[name]) for name in after), f"stage {stage} resumes inexactly"
+        assert all(torch.equal(after[name], resumed[name]) for name in after), (
+            f"stage {stage} resumes inexactly"
+        )
         again.export(Path(job["out"]).parent / f"export-{stage}")
     if rank == 0:
         torch.save(results, job["out"])

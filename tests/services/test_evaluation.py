@@ -203,6 +203,14 @@ def test_several_samples_keep_the_sides_equal() -> None:
     assert (single["samples"], double["samples"]) == (120, 240)
 
 
+def test_two_human_answers_to_a_prompt_do_not_count_the_model_twice() -> None:
+    human, model = sentences(120, 0), sentences(120, 1)
+    single = evaluate_texts(IDS, model, human, [], 1.0, FAST)
+    both = evaluate_texts(IDS * 2, model * 2, human + sentences(120, 2), [], 1.0, FAST)
+    for key in ("c2st", "distinct_2", "self_bleu", "coverage"):
+        assert single[key] == both[key]
+
+
 def test_embeddings_do_not_depend_on_the_batch(tiny_model: Path) -> None:
     texts = ["a short one", "a text that is quite a bit longer than the other one", "", "a short one"]
     embed = Embedder(str(tiny_model), batch_size=2)

@@ -124,7 +124,7 @@ def test_memory_is_that_of_this_process() -> None:
 STEADY = {
     "reward/std": 0.3,
     "discriminator/accuracy_heldout": 0.8,
-    "policy/logprob_mismatch": 0.01,
+    "policy/mismatch_mean": 0.01,
     "reward/length_correlation": 0.1,
     "policy/entropy": 3.0,
     "response/truncated_rate": 0.1,
@@ -137,7 +137,7 @@ STEADY = {
         ("not_finite", "policy/kl", math.nan),
         ("reward_flat", "reward/std", 1e-6),
         ("discriminator_saturated", "discriminator/accuracy_heldout", 1.0),
-        ("logprob_mismatch", "policy/logprob_mismatch", 0.3),
+        ("logprob_mismatch", "policy/mismatch_mean", 0.3),
         ("length_reward", "reward/length_correlation", -0.8),
         ("entropy_collapse", "policy/entropy", 0.2),
         ("truncation", "response/truncated_rate", 1.0),
@@ -163,7 +163,7 @@ def test_an_alarm_comes_back_after_a_pause_and_absent_metrics_are_silent() -> No
     alarms = Alarms(AlarmBounds(logprob_mismatch=0.1))
     rows: list[dict] = []
     for step, value in enumerate([0.5, 0.5, 0.0, 0.5]):
-        rows.append({"step": step, "policy/logprob_mismatch": value})
+        rows.append({"step": step, "policy/mismatch_mean": value})
         alarms.check(rows)
     assert [alarm.step for alarm in alarms.raised] == [0, 3]
     assert all(check([{"step": 1}], AlarmBounds()) is None for check in CHECKS.values())

@@ -99,6 +99,8 @@ def test_cells() -> None:
     assert sample_rows([{"prompt": "a\nb", "human": "x" * 50, "model": ""}], width=10) == [
         ["a b", "xxxx … xxxx", ""]
     ]
+    four = {"model": "m", "base": "b", "human": "h", "prompt": "p", "other": "o"}
+    assert sample_rows([four]) == [["p", "h", "b", "m"]]
     assert markdown_table(("h",), [["1"]]) == "| h |\n| --- |\n| 1 |"
     assert [clock_time(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
 

@@ -1,28 +1,7 @@
-"""From trajectories and scores to what the learner gets: the same rows with disc_version, score and token_rewards."""
-
-from typing import Any
+"""What a step's metrics say about its rewards and responses."""
 
 import numpy as np
 import pyarrow as pa
-
-from discriminator.config import Level, RewardConfig
-from discriminator.rewards import token_rewards
-
-
-def attach_rewards(
-    batch: pa.Table, scores: list[dict[str, Any]], versions: list[int], *, level: Level, config: RewardConfig
-) -> pa.Table:
-    """Add the reward columns. `scores[i]` holds per canonical token `scores` and `spans` of row i; `versions[i]` the
-    discriminator version that judged it."""
-    rewards = [
-        token_rewards(item["scores"], item["spans"], ends, level=level, config=config)
-        for item, ends in zip(scores, batch["token_ends"].to_pylist(), strict=True)
-    ]
-    return (
-        batch.append_column("disc_version", pa.array(versions, pa.int32()))
-        .append_column("score", pa.array([float(item["scores"][-1]) for item in scores], pa.float32()))
-        .append_column("token_rewards", pa.array(rewards, pa.list_(pa.float32())))
-    )
 
 
 def reward_metrics(scored: pa.Table) -> dict[str, float]:

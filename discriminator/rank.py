@@ -1,0 +1,88 @@
+"""The discriminator trainer's commands, as one rank of its training group executes them.
+
+Tables arrive as object references; every rank gets whole tables and takes its share. Rank 0 publishes: the
+state goes into the object store, its reference and checksum into the version store.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from discriminator.config import DiscriminatorConfig
+from discriminator.trainer import DiscriminatorTrainer
+from learner.rank import memory_mib
+
+
+class DiscriminatorRank:
+    """Handler of one discriminator rank (see `learner.trainer`). `versions` is the version store's actor."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        ranks: int,
+        config: DiscriminatorConfig,
+        model: str,
+        model_dtype: str,
+        versions: Any,
+        publish_timeout_s: float,
+        seed: int,
+    ) -> None:
+        self.rank = rank
+        self.versions = versions
+        self.publish_timeout_s = publish_timeout_s
+        self.trainer = DiscriminatorTrainer(config, model, model_dtype=model_dtype, seed=seed)
+
+    def warm_up(
+        self,
+        rollouts: "ray.ObjectRef[pa.Table]",
+        demonstrations: "ray.ObjectRef[pa.Table]",
+        heldout: "ray.ObjectRef[pa.Table]",
+        heldout_rollouts: "ray.ObjectRef[pa.Table]",
+    ) -> dict[str, float]:
+        """Train on base rollouts up to the configured held-out accuracy and publish version 0."""
+        metrics = self.trainer.warm_up(*ray.get([rollouts, demonstrations, heldout, heldout_rollouts]))
+        self._publish(0)
+        return metrics
+
+    def turn(
+        self,
+        rollouts: "ray.ObjectRef[pa.Table]",
+        demonstrations: "ray.ObjectRef[pa.Table]",
+        fresh: "ray.ObjectRef[pa.Table]",
+        heldout: "ray.ObjectRef[pa.Table]",
+        step: int,
+    ) -> dict[str, float]:
+        """The turn of policy step `step`: judge held-out demonstrations against rollouts not trained on yet,
+        make the steps that the health gate allows, publish version step + 1."""
+        held = self.trainer.evaluate(ray.get(heldout), ray.get(fresh), step)
+        trained = self.trainer.update(ray.get(rollouts), ray.get(demonstrations), step)
+        self._publish(step + 1)
+        return {**trained, **{f"{name}_heldout": value for name, value in held.items()}}
+
+    def scores(self, table: "ray.ObjectRef[pa.Table]") -> list[float]:
+        """Sequence score of every row under the weights in training."""
+        return self.trainer.scores(ray.get(table))
+
+    def save(self, folder: str) -> None:
+        """Write the discriminator's part of a checkpoint."""
+        self.trainer.save(folder)
+
+    def load(self, folder: str, version: int) -> None:
+        """Continue from a checkpoint and publish its weights as `version`."""
+        self.trainer.load(folder)
+        self._publish(version)
+
+    def memory(self) -> dict[str, float]:
+        """Resident (and CUDA) memory of this rank in MiB."""
+        return memory_mib()
+
+    def _publish(self, version: int) -> None:
+        published = self.trainer.publish()
+        if published is not None:
+            payload = [ray.put(published.state)]
+            ray.get(
+                self.versions.publish.remote(version, published.checksum, payload),
+                timeout=self.publish_timeout_s,
+            )

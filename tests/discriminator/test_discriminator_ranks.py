@@ -1,0 +1,58 @@
+"""Two ranks, with weights sharded by ZeRO-3 too, do what one rank does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from judging import judged, small
+
+from discriminator.trainer import DiscriminatorTrainer
+
+
+def test_two_ranks_equal_one(tiny_model: Path, tmp_path: Path) -> None:
+    demonstrations = judged([(f"say {i}: ", f"the cat sat on mat {i}") for i in range(9)])
+    rollouts = judged([(f"say {i}: ", f"a dog lay by {s} the door") for i in range(9) for s in range(3)])
+    # A large epsilon keeps AdamW smooth: near a zero gradient its usual step is the sign of rounding noise.
+    config = small(eps=1e-3, batch_size=12, min_demonstrations=7, level="token", lora={"rank": 2})
+    job = {
+        "model": str(tiny_model),
+        "config": config.model_dump(),
+        "rollouts": rollouts,
+        "demonstrations": demonstrations,
+        "stages": [1, 3],
+        "out": str(tmp_path / "out.pt"),
+    }
+    torch.save(job, tmp_path / "job.pt")
+    script = str(Path(__file__).with_name("discriminator_rank.py"))
+    ranks = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+        env["PYTHONPATH"] = str(Path(__file__).parents[2])
+        command = [sys.executable, script, str(tmp_path / "job.pt"), str(rank), "2", str(tmp_path / "meet")]
+        ranks.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=400)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
+
+    single = DiscriminatorTrainer(config, str(tiny_model), seed=0)
+    metrics = single.update(rollouts, demonstrations, step=0)
+    evaluation = single.evaluate(demonstrations, rollouts, step=0)
+    published = single.publish()
+    assert published is not None
+    results = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert set(results) == {1, 3}
+    for split_metrics, split_evaluation, state in results.values():
+        assert split_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+        assert split_evaluation == pytest.approx(evaluation, rel=1e-3, abs=1e-4)
+        assert state.keys() == published.state.keys()
+        for name, tensor in published.state.items():
+            torch.testing.assert_close(state[name], tensor, atol=2e-5, rtol=0)

@@ -1,0 +1,68 @@
+"""Adapters: merged export equals the adapter forward, the base is the reference, and only adapters train."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from learner import lora
+from learner.config import LearnerConfig
+from learner.packing import pack
+from learner.policy import PolicyLearner, Samples
+
+SETTINGS = {"lr": 1e-2, "kl_coef": 0.1, "device": "cpu", "lora": {"rank": 4, "alpha": 8}}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_merged_export_equals_adapter_forward(tiny_model, uneven_table, tmp_path, stage):
+    learner = PolicyLearner(
+        str(tiny_model), LearnerConfig(zero_stage=stage, **SETTINGS), model_dtype="float32"
+    )
+    before = learner.response_logprobs(uneven_table)
+    first = learner.train_step(uneven_table, 0)
+    learner.train_step(uneven_table, 1)
+    after = learner.response_logprobs(uneven_table)
+    assert first["kl"] == pytest.approx(0, abs=1e-7)
+    assert max(abs(a - b).max() for a, b in zip(after, before, strict=True)) > 1e-2
+    learner.export(tmp_path / "merged")
+    plain = PolicyLearner(
+        str(tmp_path / "merged"), LearnerConfig(kl_coef=0, device="cpu"), model_dtype="float32"
+    )
+    for a, b in zip(after, plain.response_logprobs(uneven_table), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), atol=1e-5, rtol=0)
+
+
+def test_reference_is_the_base_model(tiny_model, uneven_table):
+    learner = PolicyLearner(str(tiny_model), LearnerConfig(**SETTINGS), model_dtype="float32")
+    assert learner.reference is None
+    before = learner.response_logprobs(uneven_table)
+    learner.train_step(uneven_table, 0)
+    samples = Samples.from_table(uneven_table)
+    batches = pack(samples.groups, pack_length=64, micro_batch_tokens=512, keep_last=False)
+    reference = learner._reference_logprobs(batches, samples.tokens)
+    expected = torch.cat([torch.from_numpy(b) for b in before])
+    torch.testing.assert_close(reference, expected, atol=1e-5, rtol=0)
+    trainable = {name for name, p in learner.module.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".lora_" in name for name in trainable)
+
+
+def test_lora_state_continues_bit_for_bit(tiny_model, uneven_table, tmp_path):
+    learner = PolicyLearner(str(tiny_model), LearnerConfig(**SETTINGS), model_dtype="float32")
+    learner.train_step(uneven_table, 0)
+    learner.save(tmp_path / "state")
+    learner.train_step(uneven_table, 1)
+    again = PolicyLearner(str(tiny_model), LearnerConfig(**SETTINGS), model_dtype="float32", seed=5)
+    again.load(tmp_path / "state")
+    again.train_step(uneven_table, 1)
+    for a, b in zip(learner.module.parameters(), again.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adapters_off_restores_training(tiny_model):
+    model = lora.attach(AutoModelForCausalLM.from_pretrained(tiny_model), LearnerConfig(**SETTINGS).lora)
+    trainable = [p.requires_grad for p in model.parameters()]
+    with lora.adapters_off(model):
+        pass
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    names = {lora.merged_name(name) for name, _ in model.named_parameters()} - {None}
+    assert names == {name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()}

@@ -1,0 +1,151 @@
+"""The training step as a whole: what it reads, what it refuses, and that it learns."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from learner.config import LearnerConfig
+from learner.policy import PolicyLearner, Samples, mean_nll
+from rollout.config import PolicyConfig
+
+CPU = {"device": "cpu", "kl_coef": 0.0}
+
+
+def replace_column(table, name, rows):
+    return table.set_column(table.column_names.index(name), name, pa.array(rows, pa.list_(pa.float32())))
+
+
+def learner_for(model, **settings):
+    return PolicyLearner(str(model), LearnerConfig(**(CPU | settings)), model_dtype="float32")
+
+
+def test_rewarded_responses_become_likelier(tiny_model, uneven_table):
+    lengths = [len(r) for r in uneven_table["response_ids"].to_pylist()]
+    rewards = [[float(i % 2)] * n for i, n in enumerate(lengths)]
+    table = replace_column(uneven_table, "token_rewards", rewards)
+    learner = learner_for(tiny_model, lr=3e-3, gamma=0.0, importance_cap=None)
+    before = learner.response_logprobs(table)
+    for step in range(4):
+        learner.train_step(table, step)
+    gain = [float((a - b).mean()) for a, b in zip(learner.response_logprobs(table), before, strict=True)]
+    assert np.mean(gain[1::2]) > 0 > np.mean(gain[::2])
+
+
+def test_on_policy_metrics_are_exact(tiny_model, uneven_table):
+    learner = learner_for(tiny_model, kl_coef=0.1)
+    own = [row.tolist() for row in learner.response_logprobs(uneven_table)]
+    metrics = learner.train_step(replace_column(uneven_table, "response_logprobs", own), 0)
+    for name, value in {"ratio_mean": 1, "ratio_max": 1, "importance_mean": 1, "clip_fraction": 0}.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["mismatch_max"] < 1e-5
+    assert metrics["tokens_response"] == sum(len(r) for r in own)
+    assert {
+        "seconds_pack",
+        "seconds_reference_logprobs",
+        "seconds_update",
+        "grad_norm",
+        "lr",
+    } <= metrics.keys()
+
+
+@pytest.mark.parametrize("normalise", ["token", "sequence"])
+def test_loss_is_the_mean_that_is_configured(tiny_model, uneven_table, normalise):
+    learner = learner_for(tiny_model, normalise=normalise, gamma=0.0, baseline="none", importance_cap=None)
+    logprobs = learner.response_logprobs(uneven_table)
+    per_token = [
+        -r * lp
+        for r, lp in zip(map(np.array, uneven_table["token_rewards"].to_pylist()), logprobs, strict=True)
+    ]
+    expected = (
+        np.concatenate(per_token).mean() if normalise == "token" else np.mean([x.mean() for x in per_token])
+    )
+    assert learner.train_step(uneven_table, 0)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_temperature_divides_the_logits(tiny_model, uneven_table):
+    cfg = LearnerConfig(**CPU)
+    learner = PolicyLearner(str(tiny_model), cfg, temperature=0.5, model_dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    row = uneven_table.slice(3, 1)
+    prompt, response = row["prompt_ids"][0].as_py(), row["response_ids"][0].as_py()
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0] / 0.5, -1)
+    expected = [float(log_p[len(prompt) - 1 + t, token]) for t, token in enumerate(response)]
+    assert learner.response_logprobs(row)[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ppo_with_epochs_and_minibatches(tiny_model, uneven_table):
+    learner = learner_for(tiny_model, loss="ppo_clip", epochs=2, minibatches=2, lr=1e-3, importance_cap=None)
+    metrics = learner.train_step(uneven_table, 0)
+    assert learner.trainable.updates == 4
+    assert metrics["ratio_max"] > 1.0
+    assert metrics["seconds_old_logprobs"] > 0
+
+
+def test_kl_in_reward_equals_a_reward_by_hand(tiny_model, uneven_table):
+    settings = {
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+        "baseline": "none",
+        "gamma": 0.0,
+        "importance_cap": None,
+    }
+    learner = learner_for(tiny_model, **(settings | {"kl_coef": 0.5, "lr": 1e-2}))
+    start = learner.response_logprobs(uneven_table)
+    learner.train_step(uneven_table, 0)
+    now = learner.response_logprobs(uneven_table)
+    rewards = [np.array(r) for r in uneven_table["token_rewards"].to_pylist()]
+    expected = np.concatenate(
+        [-(r - 0.5 * (n - s)) * n for r, n, s in zip(rewards, now, start, strict=True)]
+    ).mean()
+    assert learner.train_step(uneven_table, 1)["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_bad_tables_are_refused(tiny_model, uneven_table, make_table):
+    learner = learner_for(tiny_model)
+    short = replace_column(uneven_table, "token_rewards", [[0.0]] * len(uneven_table))
+    with pytest.raises(ValueError, match="row 0: token_rewards has 1 entries for a response of 5 tokens"):
+        learner.train_step(short, 0)
+    rewards = uneven_table["token_rewards"].to_pylist()
+    rewards[2][1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        learner.train_step(replace_column(uneven_table, "token_rewards", rewards), 0)
+    with pytest.raises(ValueError, match="no response token"):
+        learner.train_step(make_table([(4, [0, 0])]), 0)
+
+
+def test_answers_without_groups_and_empty_ones_are_scored(tiny_model, make_table):
+    learner = learner_for(tiny_model)
+    table = make_table([(5, [3]), (4, [0]), (6, [2])], scored=False).drop_columns(
+        ["group_id", "trajectory_id"]
+    )
+    assert [len(r) for r in learner.response_logprobs(table)] == [3, 0, 2]
+    samples = Samples.from_table(table.slice(1, 2))
+    assert samples.offsets.tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl_estimator": "k1"}, "zero gradient"),
+        ({"kl_in": "reward"}, 'set kl_estimator = "k1"'),
+        ({"epochs": 2}, "on-policy"),
+        ({"pack_length": 9000}, "micro_batch_tokens"),
+        ({"warmup_steps": 5, "schedule_steps": 5}, "warm-up"),
+        ({"learning_rate": 1}, "Extra inputs"),
+    ],
+)
+def test_contradictions_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        LearnerConfig(**settings)
+
+
+def test_mean_nll_is_that_of_the_loaded_policy(tiny_model, uneven_table):
+    rows = learner_for(tiny_model).response_logprobs(uneven_table)
+    policy = PolicyConfig(model=str(tiny_model), dtype="float32")
+    actual = mean_nll(policy, LearnerConfig(**CPU), uneven_table)
+    assert actual == pytest.approx(-np.concatenate(rows).mean(), rel=1e-5)
