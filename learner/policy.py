@@ -9,6 +9,7 @@ normalisation need no talk between ranks:
 A step with one update needs no pass for old log-probabilities: they are the current ones, detached.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -380,9 +381,10 @@ def _token_shares(minibatch: _Minibatch, samples: Samples, normalise: str) -> to
 
 def _skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same class without weights, to save under."""
+    config = copy.deepcopy(model.config)  # save_pretrained writes into it, and the policy still computes with its own
+    config.dtype = dtype
     with torch.device("meta"):
-        plain = type(model)(model.config)
-    plain.config.dtype = dtype
+        plain = type(model)(config)
     return plain
 
 

@@ -180,6 +180,15 @@ class TrainerGroup:
         finally:
             ray.kill(self.mailbox)
 
+    async def abort(self, timeout_s: float = 20.0) -> None:
+        """End the group without its cooperation: losing the mailbox fails the ranks, and with them the fit thread.
+
+        To be called before `ray.shutdown`, which a running fit thread does not survive.
+        """
+        ray.kill(self.mailbox)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, timeout_s)
+
     def _fit(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from services.metrics import MetricsLog, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 
 INTERRUPTED = 130
+FAILED = 1
 
 
 def run(config: Config, *, resume: bool) -> int:
@@ -160,7 +162,16 @@ class _Run:
             return await work
         except asyncio.CancelledError:
             self.console.print("stopped; the last finished checkpoint stays")
+            await self.system.abort()
             return INTERRUPTED
+        except Exception:
+            traceback.print_exc()
+            steps = self.checkpoints.steps()
+            self.console.print(
+                f"the run failed; --resume goes on from step {steps[-1]}" if steps else "the run failed before a checkpoint"
+            )
+            await self.system.abort()
+            return FAILED
         finally:
             self.log.close()
 
@@ -198,7 +209,7 @@ class _Run:
         with self.controller.timer("warm-up"):
             warm = await self.system.warm_up(self.display.note)
         self.display.note(
-            f"discriminator warmed up: {warm['steps']:.0f} steps, held-out accuracy {warm['accuracy_heldout']:.3f}"
+            f"discriminator warmed up: {warm['steps']:.0f} steps, held-out accuracy {warm['accuracy']:.3f}"
         )
 
     async def _after_step(self, step: int) -> None:

@@ -40,6 +40,10 @@ class System:
         self.policy_version = 0
         self.disc_version = 0
         self.replacements = 0
+        self.app = f"rlgaf-{config.run.name}"
+        self.learner: TrainerGroup | None = None
+        self.discriminator: TrainerGroup | None = None
+        self.scorer: Any = None
         self.prompts = PromptSource(
             splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
         )
@@ -124,7 +128,7 @@ class System:
     def _deploy(self) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
         return deploy(
-            f"rlgaf-{self.config.run.name}",
+            self.app,
             settings["config"],
             settings["model"],
             self.config.policy.dtype,
@@ -137,10 +141,17 @@ class System:
         """End what has an orderly end; the rest goes with the Ray job."""
         from ray import serve
 
-        for group in (getattr(self, "learner", None), getattr(self, "discriminator", None)):
-            if group is not None:
-                await group.stop()
-        await asyncio.to_thread(serve.delete, f"rlgaf-{self.config.run.name}")
+        await asyncio.gather(self.learner.stop(), self.discriminator.stop())
+        await asyncio.to_thread(serve.delete, self.app)
+
+    async def abort(self) -> None:
+        """End everything after a failure, whatever state it is in."""
+        from ray import serve
+
+        groups = [group for group in (self.learner, self.discriminator) if group is not None]
+        await asyncio.gather(*(group.abort() for group in groups))
+        if self.scorer is not None:
+            await asyncio.to_thread(serve.delete, self.app)
 
     # The controller's words
 
