@@ -53,13 +53,14 @@ class DiscriminatorRank:
         fresh: "ray.ObjectRef[pa.Table]",
         heldout: "ray.ObjectRef[pa.Table]",
         step: int,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """The turn of policy step `step`: judge held-out demonstrations against rollouts not trained on yet,
         make the steps that the health gate allows, publish version step + 1."""
         held = self.trainer.evaluate(ray.get(heldout), ray.get(fresh), step)
         trained = self.trainer.update(ray.get(rollouts), ray.get(demonstrations), step)
         self._publish(step + 1)
-        return {**trained, **{f"{name}_heldout": value for name, value in held.items()}}
+        judged = {f"{name}_heldout": value for name, value in held.items()}
+        return {**trained, **judged, "memory_mib": memory_mib()}
 
     def scores(self, table: "ray.ObjectRef[pa.Table]") -> list[float]:
         """Sequence score of every row under the weights in training."""

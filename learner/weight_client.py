@@ -2,6 +2,7 @@
 errors.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, Literal
 import ray
 
 RELEASE_S = 10.0
+PING_S = 15.0
+MIN_WAIT_S = 0.1  # beyond the deadline too, so that answers already given are taken
 State = Literal["idle", "paused", "began", "updated"]
 
 
@@ -75,6 +78,13 @@ class WorkerClient:
         self._state = {worker.index: "idle" for worker in self.workers}
         self._expires = time.monotonic() + self._deadline_s
 
+    def ping(self) -> None:
+        """Ask every worker's engine for a sign of life within PING_S, before any of them is made to wait for
+        the others.
+        """
+        self._call("policy_version", self.workers, within_s=PING_S)
+        self._raise("reaching the rollout workers")
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         offsets = rank_offsets([worker.world for worker in self.workers])
         infos = [init_info | {"rank_offset": offset} for offset in offsets]
@@ -121,10 +131,8 @@ class WorkerClient:
         return {key: max(answer[key] for answer in answers) for key in answers[0]}
 
     def remaining(self) -> float:
-        """Seconds of the round's deadline that are left, not below 0.1 so that lost calls are still
-        noticed.
-        """
-        return max(0.1, self._expires - time.monotonic())
+        """Seconds of the round's deadline that are left, not below MIN_WAIT_S."""
+        return max(MIN_WAIT_S, self._expires - time.monotonic())
 
     def broken(self) -> list[int]:
         """Workers that must be restarted: gone, silent, or with an update that began and did not end."""
@@ -147,20 +155,25 @@ class WorkerClient:
         workers: Sequence[WorkerRef],
         arguments: Sequence[Any] | None = None,
         state: State | None = None,
+        within_s: float = math.inf,
     ) -> list[Any]:
         """Call one method on all workers at once; each success moves the worker to `state`, each failure is
-        noted.
+        noted. The round's deadline holds, and `within_s` where that is shorter.
         """
+        expires = min(self._expires, time.monotonic() + within_s)
+        started = time.monotonic()
         answers: dict[int, Any] = {}
         pending: dict[Any, WorkerRef] = {}
         for position, worker in enumerate(workers):
             given = () if arguments is None else (arguments[position],)
             pending[getattr(worker.handle, method).remote(*given)] = worker
         while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=self.remaining())
+            left = max(MIN_WAIT_S, expires - time.monotonic())
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=left)
             if not done:
+                waited = time.monotonic() - started
                 for worker in pending.values():
-                    self.failures[worker.index] = f"no answer to {method} within {self._deadline_s:g} s"
+                    self.failures[worker.index] = f"no answer to {method} within {waited:.1f} s"
                 break
             worker = pending.pop(done[0])
             try:

@@ -11,18 +11,18 @@ first `send`.
 
 On WeightSyncError, restart the workers in `error.broken`, then connect(new_workers) and send again.
 
-A sync goes pause -> start -> (update | broadcast) -> finish(version) -> resume. All workers must answer the
-pause before the first one starts, so a worker that died between syncs costs only itself. What has begun and
-did not end is broken.
+`connect` first asks every worker for a sign of life; a sync goes pause -> start -> (update | broadcast) ->
+finish(version) -> resume. All workers must answer the pause before the first one starts, so a worker that
+died between syncs costs only itself. What has begun and did not end is broken.
 """
 
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import ray.util
 import torch
@@ -37,11 +37,13 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-from learner.weight_client import WeightSyncError, WorkerClient, WorkerRef, rank_offsets
+from learner.weight_client import MIN_WAIT_S, WeightSyncError, WorkerClient, WorkerRef, rank_offsets
 from learner.weight_source import MIB, ModuleWeights
-from rollout.wire import Entry, GlooGroup, WireError, pack, plan_buckets
+from rollout.wire import Entry, GlooGroup, pack, plan_buckets
 
 __all__ = ["ModuleWeights", "WeightSender", "WeightSyncError", "WorkerClient", "WorkerRef", "rank_offsets"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -90,24 +92,22 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         if not engine.is_sender:
             return engine
         store = GlooGroup.store(init_info.master_address, init_info.timeout_s)
-        worker_info = {
+        worker_info: dict[str, Any] = {
             "master_address": init_info.master_address,
             "master_port": store.port,
             "world_size": init_info.world_size,
             "bucket_bytes": init_info.bucket_bytes,
             "timeout_s": init_info.timeout_s,
         }
-        executor = ThreadPoolExecutor(max_workers=1)
+        assert isinstance(client, WorkerClient)
+        joined = _background(client.init_weight_transfer_engine, worker_info)
         try:
-            joined = executor.submit(client.init_weight_transfer_engine, worker_info)
-            try:
-                engine._group = GlooGroup(store, 0, init_info.world_size, init_info.timeout_s)
-            except RuntimeError as error:
-                joined.result()
-                raise WeightSyncError(f"the weight-transfer group did not come together: {error}") from error
-            joined.result()
+            if GlooGroup.meet(store, init_info.world_size, client.remaining(), lambda: bool(client.failures)):
+                engine._group = GlooGroup(store, 0, init_info.world_size, client.remaining())
         finally:
-            executor.shutdown(wait=False)
+            joined.result()  # the workers' reasons matter more than what rank 0 saw of them
+        if engine._group is None:
+            raise WeightSyncError("the weight-transfer group did not come together in time")
         return engine
 
     def send_weights(self) -> None:
@@ -127,15 +127,11 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             "shapes": [list(meta.shape) for meta in metas],
         }
         self.client.start_weight_update()
-        executor = ThreadPoolExecutor(max_workers=1)
-        try:
-            updated = executor.submit(self.client.update_weights, update_info)
-            broken = self._broadcast(entries)
-            updated.result()
-            if broken is not None:
-                raise WeightSyncError(f"the weight wire broke: {broken}") from broken
-        finally:
-            executor.shutdown(wait=False)
+        updated = _background(self.client.update_weights, update_info)
+        broken = self._broadcast(entries)
+        updated.result()
+        if broken is not None:
+            raise WeightSyncError(f"the weight wire broke: {broken}") from broken
         self.client.finish_weight_update()
 
     def _broadcast(self, entries: list[Entry]) -> RuntimeError | None:
@@ -168,6 +164,41 @@ class CheckedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
     """vLLM's sender with the time of its broadcasts, and a deadline: NCCL itself would wait for ever."""
 
     wire_s = 0.0
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: NCCLTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
+    ) -> Self:
+        """vLLM's, given up at the first failure of a worker or at the deadline.
+
+        vLLM waits 300 s in its store and without end in NCCL's own start, and offers no setting for either,
+        so the attempt goes on in a daemon thread that nobody waits for. Workers that were part of it are
+        held up as long and count as failed.
+        """
+        if not init_info.is_sender:
+            return super().trainer_init(init_info, client=client, source=source)
+        assert isinstance(client, WorkerClient)
+        device = torch.cuda.current_device()
+
+        def join() -> Self:
+            torch.cuda.set_device(device)  # the current device belongs to the thread
+            return super(CheckedNCCLTrainerWeightTransferEngine, cls).trainer_init(
+                init_info, client=client, source=source
+            )
+
+        attempt = _background(join)
+        seconds = client.remaining()
+        while not wait([attempt], timeout=0.1).done and not client.failures:
+            if client.remaining() <= MIN_WAIT_S:
+                raise WeightSyncError(f"the NCCL group did not come together within {seconds:.0f} s")
+        if not attempt.done():
+            reasons = "; ".join(f"rollout worker {i}: {why}" for i, why in sorted(client.failures.items()))
+            raise WeightSyncError(f"the NCCL group did not come together: {reasons}")
+        return attempt.result()
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
         assert isinstance(source, ModuleWeights)
@@ -244,11 +275,13 @@ class WeightSender:
         self._client = WorkerClient(self._workers, self._deadline_s)
         error: WeightSyncError | None = None
         try:
+            if self._rank == 0:
+                self._client.ping()
             engine = WeightTransferTrainerFactory.trainer_init(
                 self._init_info(), client=self._client, source=self._source
             )
             self._engine = cast(TrainerEngine, engine)
-        except (WeightSyncError, WireError) as failure:
+        except (RuntimeError, OSError) as failure:  # whatever it is, the other ranks wait for the verdict
             error = self._verdict("connecting to the rollout workers", failure)
         self._agree(error)
 
@@ -275,7 +308,7 @@ class WeightSender:
             self._engine.send_weights()
             if self._rank == 0:
                 timings = self._timings(started)
-        except (WeightSyncError, WireError) as failure:
+        except (RuntimeError, OSError) as failure:
             error = self._verdict(f"weight sync to version {version}", failure)
         return self._agree(error, timings)
 
@@ -324,6 +357,20 @@ class WeightSender:
             self.close()
             raise verdict
         return answer
+
+
+def _background(work: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """Run in a daemon thread: one that hangs must not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="rlgaf-weights").start()
+    return future
 
 
 def _free_port(address: str) -> int:

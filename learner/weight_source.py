@@ -99,9 +99,12 @@ class ModuleWeights(WeightSource):
         partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
         if not partitioned:
             return nullcontext()
-        from deepspeed.runtime.zero import GatheredParameters
+        import deepspeed  # its submodules cannot be imported first: they import each other in a circle
 
-        return GatheredParameters(partitioned, modifier_rank=None)
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            partitioned, modifier_rank=None
+        )
+        return gathered
 
     def _wire_dtype(self, parameter: torch.nn.Parameter) -> torch.dtype:
         return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype

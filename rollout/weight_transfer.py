@@ -106,11 +106,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._parameters: set[str] = set()
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the trainer's group, leaving the one of an earlier trainer."""
+        """Join the trainer's group, leaving the one of an earlier trainer.
+
+        Returns without a group when the trainer calls it off because another worker failed: that is not this
+        worker's failure, and the next call joins the next group.
+        """
         self.shutdown()
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         store = GlooGroup.store(init_info.master_address, init_info.timeout_s, init_info.master_port)
+        if not GlooGroup.arrive(store, rank):
+            return
         self._group = GlooGroup(store, rank, init_info.world_size, init_info.timeout_s)
         self._bucket_bytes = init_info.bucket_bytes
 

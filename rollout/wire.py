@@ -24,6 +24,7 @@ CHECKSUM_BYTES = 8
 ALIGNMENT = 16
 CHUNK = 1 << 16  # 32-bit words; a chunk, its weights and its products stay near a core's caches
 CUDA_ROWS = 1 << 10
+MEET_INTERVAL_S = 0.02
 
 Pair = tuple[str, torch.Tensor]
 
@@ -258,8 +259,9 @@ def local_address(host: str, port: int) -> str:
 class GlooGroup:
     """A gloo group beside torch's default group: rank 0 sends, every operation has a deadline.
 
-    Rank 0 opens the store with `GlooGroup.store(host)` and publishes its port; all ranks then construct the
-    group.
+    Rank 0 opens the store with `GlooGroup.store(host)` and publishes its port. Constructing the group blocks
+    until the last rank does so or the deadline, so ranks that may fail before that call `arrive` first, and
+    rank 0 calls `meet`: all construct the group, or none.
     """
 
     def __init__(self, store: dist.TCPStore, rank: int, size: int, timeout_s: float) -> None:
@@ -269,11 +271,8 @@ class GlooGroup:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [
-            gloo.create_device(
-                hostname=local_address(store.host, store.port), lazy_init=False
-            )
-        ]
+        address = local_address(store.host, store.port)
+        options._devices = [gloo.create_device(hostname=address, lazy_init=False)]
         self._group = gloo(dist.PrefixStore("rlgaf-weights", store), rank, size, options)
 
     @staticmethod
@@ -282,6 +281,24 @@ class GlooGroup:
         return dist.TCPStore(
             host, port, is_master=port == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
         )
+
+    @staticmethod
+    def arrive(store: dist.TCPStore, rank: int) -> bool:
+        """Other ranks: report to rank 0 and return its word, True for a complete group."""
+        store.set(f"arrived/{rank}", "yes")
+        return bool(store.get("complete") == b"yes")
+
+    @staticmethod
+    def meet(store: dist.TCPStore, size: int, timeout_s: float, give_up: Callable[[], bool]) -> bool:
+        """Rank 0: wait until all others have arrived, and tell them; False when `give_up` or the deadline
+        came first.
+        """
+        keys = [f"arrived/{rank}" for rank in range(1, size)]
+        expires = time.monotonic() + timeout_s
+        while not (complete := store.check(keys)) and not give_up() and time.monotonic() < expires:
+            time.sleep(MEET_INTERVAL_S)
+        store.set("complete", "yes" if complete else "no")
+        return complete
 
     def broadcast(self, buffer: torch.Tensor) -> dist.Work:
         """Start sending (rank 0) or receiving; `wait()` on the result raises RuntimeError at the deadline."""

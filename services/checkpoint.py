@@ -1,9 +1,9 @@
 """Checkpoints: one folder per step, whole or absent.
 
 Invariant: a folder `step-N` exists only if everything in it was written before. All parts are written into
-`.partial-step-N`, then the manifest (sizes and CRC-32 of every file), then the folder is renamed; a crash at any
-moment leaves either the old set of checkpoints or the new one. A folder whose files do not match its manifest is
-refused by name.
+`.partial-step-N`, then the manifest (sizes and CRC-32 of every file), then the folder is renamed; what is pruned is
+renamed away before it is deleted. A crash at any moment leaves either the old set of checkpoints or the new one, and
+hidden folders that the next `begin` clears. A folder whose files do not match its manifest is refused by name.
 """
 
 import json
@@ -29,9 +29,10 @@ class Checkpoints:
         self.keep = keep
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write step `step`'s parts into; an earlier unfinished attempt is removed."""
+        """An empty folder to write step `step`'s parts into; what earlier attempts left unfinished is removed."""
+        for left in (*self.root.glob(".partial-step-*"), *self.root.glob(".removed-step-*")):
+            shutil.rmtree(left)
         partial = self.root / f".partial-step-{step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
 
@@ -50,11 +51,16 @@ class Checkpoints:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            self._remove(step)
         partial.rename(final)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.root / f"step-{old:06d}")
+            self._remove(old)
         return final
+
+    def _remove(self, step: int) -> None:
+        gone = (self.root / f"step-{step:06d}").rename(self.root / f".removed-step-{step:06d}")
+        shutil.rmtree(gone)
 
     def steps(self) -> list[int]:
         """Steps with a sealed checkpoint, oldest first."""
@@ -74,12 +80,14 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check every file against the manifest and return the checkpoint's state.
 
     Raises:
-        CheckpointError: a missing, short, altered file or an unknown format.
+        CheckpointError: a missing, short or altered file, or an unknown format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is no finished checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error}); use an older checkpoint") from None
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest['format']}; this version reads {FORMAT}")
     for name, expected in manifest["files"].items():

@@ -4,11 +4,13 @@ Nothing here imports torch, Ray or vLLM: a wrong field is reported within the fi
 """
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
@@ -84,6 +86,11 @@ class Config(Section):
                     f"rollout.max_model_len = {self.rollout.max_model_len} is shorter than data.max_prompt_tokens + "
                     f"sampling.max_tokens = {need}"
                 )
+        scoring = self.discriminator.scoring
+        if scoring.http and not os.environ.get(scoring.http_token):
+            problems.append(
+                f"discriminator.scoring.http needs a bearer token: put one into the environment variable {scoring.http_token}"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -104,6 +111,26 @@ class Config(Section):
     def max_model_len(self) -> int:
         """Longest prompt plus response in tokens."""
         return self.rollout.max_model_len or self.data.max_prompt_tokens + self.sampling.max_tokens
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same configuration with local model folders as absolute paths: worker processes have other directories."""
+
+    def settled(name: str) -> str:
+        folder = Path(name).expanduser()
+        return str(folder.absolute()) if name and folder.is_dir() else name
+
+    return config.model_copy(
+        update={
+            "policy": config.policy.model_copy(update={"model": settled(config.policy.model)}),
+            "discriminator": config.discriminator.model_copy(
+                update={"model": settled(config.discriminator.model)}
+            ),
+            "evaluation": config.evaluation.model_copy(
+                update={"embedding_model": settled(config.evaluation.embedding_model)}
+            ),
+        }
+    )
 
 
 def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, type[BaseModel] | None]:
@@ -133,16 +160,26 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
     raw: dict[str, Any] = {}
     if path is not None:
         try:
-            raw = tomllib.loads(path.read_text())
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such configuration file") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for dotted, value in parse_overrides(overrides or []).items():
         node = raw
         *parents, leaf = dotted.split(".")
-        for parent in parents:
+        for depth, parent in enumerate(parents, start=1):
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                where = ".".join(parents[:depth])
+                known = field_paths().get(where)
+                raise ConfigError(
+                    f"{where} is a section; write [{where}] and fields below it"
+                    if known is not None
+                    else f"unknown field {dotted}: {where} is no section"
+                )
         node[leaf] = value
     _refuse_unknown(raw, path)
     try:
@@ -160,6 +197,8 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`["--a.b", "1", "--c.d=x"]` → `{"a.b": 1, "c.d": "x"}`; values are TOML, or else plain strings.
 
+    A text field takes a bare word as it stands (`--run.name 2024`), and `none` clears a field that may be empty.
+
     Raises:
         ConfigError: a word that is no override, or an override without value.
     """
@@ -173,11 +212,26 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = next(words, "")
             if text == "" or text.startswith("--"):
                 raise ConfigError(f"--{dotted}: a value is missing, as in --{dotted} VALUE or --{dotted}=VALUE")
-        try:
-            overrides[dotted] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[dotted] = text
+        overrides[dotted] = _override_value(dotted, text)
     return overrides
+
+
+def _override_value(dotted: str, text: str) -> Any:
+    field = _field(dotted)
+    annotation = field.annotation if field is not None else None
+    if text == "none" and type(None) in get_args(annotation):
+        return None
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return text if annotation is str and not isinstance(value, str) else value
+
+
+def _field(dotted: str) -> FieldInfo | None:
+    parent, _, leaf = dotted.rpartition(".")
+    section = field_paths().get(parent) if parent else Config
+    return section.model_fields.get(leaf) if section is not None else None
 
 
 def _refuse_unknown(raw: dict[str, Any], path: Path | None) -> None:
@@ -237,8 +291,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        # A JSON string is a TOML string, but for the control character DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

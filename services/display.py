@@ -44,7 +44,8 @@ class Display:
     """Shows a run.
 
     with Display(steps=100, start=0) as display:
-        display.phase("generate")       # what is being waited for now
+        display.phase("warm-up")        # what is being waited for now
+        display.training()              # start-up is over
         display.step(1, row)            # after each step, with the row of metrics
         display.note("evaluating")      # a line that stays
 
@@ -65,6 +66,7 @@ class Display:
         self._clock = clock
         self._marks = [clock()]
         self._phase = "starting"
+        self._training = False
         self._numbers: dict[str, float] = {}
         self._live = Live(
             console=self._console, refresh_per_second=4, get_renderable=self._panel, transient=True
@@ -82,10 +84,15 @@ class Display:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """Say what the run waits for now. Without a terminal only during start-up, once for each name."""
+        """Say what the run waits for now: in the panel, and without a terminal only before training."""
         changed, self._phase = name != self._phase, name
-        if not self._rich and changed and len(self._marks) == 1:
+        if not self._rich and changed and not self._training:
             self.note(name)
+
+    def training(self) -> None:
+        """Training begins: steps and the time left are counted from now."""
+        self._training = True
+        self._marks = [self._clock()]
 
     def step(self, step: int, row: Mapping[str, Any]) -> None:
         """Show a finished step."""

@@ -37,8 +37,11 @@ class Evaluator:
         self._embedder: Embedder | None = None
         self._train = system.splits.train["response"].to_pylist()
 
-    async def selection(self, step: int) -> Row:
-        """Evaluate on selection prompts; keeps the model and its test responses if it is the best so far."""
+    async def selection(self, step: int) -> tuple[Row, list[dict[str, str]]]:
+        """Evaluate on selection prompts; keeps the model and its test responses if it is the best so far.
+
+        Returns the row and the first samples beside their demonstrations.
+        """
         split, prompts = self.system.splits.selection, self.config.evaluation.prompts
         texts = await self._draw(split, prompts, step)
         row = await self._measure(texts, await self.system.human_nll(split, prompts))
@@ -50,7 +53,8 @@ class Evaluator:
             self.best_step, self.best_key = step, selection_key(row)
             await self.export("best")
             await self._keep_test("best", step)
-        return row
+        shown = texts.slice(0, self.config.evaluation.shown_samples)
+        return row, shown.select(["prompt", "human", "model"]).to_pylist()
 
     async def finish(self, step: int) -> dict[str, Row]:
         """The closing table's rows on test prompts: base, best, last, human."""

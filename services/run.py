@@ -1,6 +1,7 @@
 """`rlgaf train`: check everything that can be checked, start the processes, train, report, leave nothing behind."""
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.alarms import AlarmBounds, Alarms
 from services.checkpoint import Checkpoints, verify
-from services.config import Config, ConfigError, to_toml
+from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.metrics import MetricsLog, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 
@@ -30,7 +31,8 @@ def run(config: Config, *, resume: bool) -> int:
     Raises:
         ConfigError, DataError: before anything is started or written.
     """
-    console = Console()
+    console = Console() if Console().is_terminal else Console(width=150)
+    config = with_absolute_paths(config)
     try:
         check_vllm_version()
     except RuntimeError as error:
@@ -96,6 +98,9 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs and GPUs."""
     import ray
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # More processes than CPUs are this system's normal state: they take turns. Ray would warn about it.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if local_gpus() else "cpu")
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
@@ -189,6 +194,7 @@ class _Run:
                 await self._load()
             else:
                 await self._begin()
+            self.display.training()
             await self.controller.run(self._after_step)
             if self.controller.step not in self.checkpoints.steps():
                 await self._save()
@@ -203,9 +209,8 @@ class _Run:
         return 0
 
     async def _begin(self) -> None:
-        with self.controller.timer("evaluate"):
-            self.display.note("evaluating the base model")
-            await self.evaluator.selection(0)
+        self.display.note("evaluating the base model")
+        await self._evaluate(0)
         with self.controller.timer("warm-up"):
             warm = await self.system.warm_up(self.display.note)
         self.display.note(
@@ -214,18 +219,20 @@ class _Run:
 
     async def _after_step(self, step: int) -> None:
         run = self.config.run
-        if step % self.config.evaluation.every == 0 and step < run.steps:
-            with self.controller.timer("evaluate"):
-                row = await self.evaluator.selection(step)
-            self.display.note(
-                f"step {step}: C2ST {row['c2st']:.3f} [{row['c2st_low']:.3f}, {row['c2st_high']:.3f}]  NLL {row['nll']:.3f}"
-                f"  distinct-2 {row['distinct_2']:.3f}  coverage {row['coverage']:.3f}"
-            )
-        elif step == run.steps:
-            with self.controller.timer("evaluate"):
-                await self.evaluator.selection(step)
+        if step % self.config.evaluation.every == 0 or step == run.steps:
+            await self._evaluate(step)
         if run.checkpoint_every and step % run.checkpoint_every == 0:
             await self._save()
+
+    async def _evaluate(self, step: int) -> None:
+        with self.controller.timer("evaluate"):
+            row, samples = await self.evaluator.selection(step)
+        self.display.note(
+            f"step {step}: C2ST {row['c2st']:.3f} [{row['c2st_low']:.3f}, {row['c2st_high']:.3f}]  NLL {row['nll']:.3f}"
+            f"  distinct-2 {row['distinct_2']:.3f}  coverage {row['coverage']:.3f}"
+        )
+        for sample in samples:
+            self.display.note(f"    {sample['prompt']!r}  human: {sample['human']!r}  model: {sample['model']!r}")
 
     def observe(self, step: int, values: dict[str, Any]) -> None:
         """Record one step's metrics, raise alarms, show progress."""

@@ -156,7 +156,13 @@ class System:
     # The controller's words
 
     async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
-        """Trajectories for the requests; a worker that dies is replaced and the batch asked for again."""
+        """Trajectories for the requests; a worker that dies is replaced and the batch asked for again.
+
+        Seeds are kept in exact mode only: with them vLLM draws every sequence's token by itself, which is slower.
+        """
+        if not self.config.run.exact:
+            unseeded = pa.nulls(requests.num_rows, pa.int64())
+            requests = requests.set_column(requests.column_names.index("seed"), requests.schema.field("seed"), unseeded)
         while True:
             try:
                 return await self.fleet.generate(requests, min_version)
@@ -237,11 +243,11 @@ class System:
         self.disc_version = 0
         return metrics[0]
 
-    async def sample(self, split: pa.Table, prompts: int, version_seed: int) -> pa.Table:
+    async def sample(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
         """Evaluation responses for up to `prompts` prompts of a split, as trajectories."""
         settings = self.config.evaluation
         requests = evaluation_requests(
-            first_prompts(split, prompts), self.renderer.encode, settings.samples_per_prompt, version_seed, settings.seed
+            first_prompts(split, prompts), self.renderer.encode, settings.samples_per_prompt, step, settings.seed
         )
         return await self.fleet.sample(requests, {"temperature": settings.temperature, "top_p": settings.top_p})
 

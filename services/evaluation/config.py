@@ -50,7 +50,7 @@ class EvaluationConfig(Section):
     coverage_neighbours: PositiveInt = 5
     """k of the nearest-neighbour balls behind the coverage measure."""
 
-    shown_samples: Annotated[int, Field(ge=0)] = 6
+    shown_samples: Annotated[int, Field(ge=0)] = 4
     """Responses shown beside their demonstrations at every evaluation."""
 
     seed: int = 0

@@ -259,3 +259,26 @@ def test_rank_offsets_of_unequal_workers() -> None:
 
     assert rank_offsets([2, 1, 4]) == [1, 3, 4]
     assert rank_offsets([]) == []
+
+
+@pytest.mark.parametrize("arriving", [3, 2])
+def test_ranks_go_on_together_or_not_at_all(arriving: int) -> None:
+    store = GlooGroup.store("127.0.0.1", 5.0)
+    heard: list[bool] = []
+    threads = [
+        threading.Thread(
+            target=lambda r=rank: heard.append(
+                GlooGroup.arrive(GlooGroup.store("127.0.0.1", 5.0, store.port), r)
+            )
+        )
+        for rank in range(1, 1 + arriving)
+    ]
+    for thread in threads:
+        thread.start()
+    gone_at = time.monotonic() + 0.5
+    complete = GlooGroup.meet(store, 4, 5.0, lambda: arriving < 3 and time.monotonic() > gone_at)
+    for thread in threads:
+        thread.join()
+    assert complete is (arriving == 3)
+    assert heard == [complete] * arriving
+    assert time.monotonic() - gone_at < 2

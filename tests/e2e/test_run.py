@@ -1,0 +1,348 @@
+"""Whole runs from the command line, every process real, on the tiny model.
+
+One unbroken exact run is the measure: an interrupted and resumed one must repeat it number for number. One run at
+lags of two shows the bounds and the accounts.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+PROMPTS, SAMPLES = 4, 4
+PROMISED = ("c2st", "nll", "rouge_l", "chrf", "distinct_2", "self_bleu", "length_mean", "copy_rate")
+EXACT = {"run.exact": "true", "run.checkpoint_every": "3", "run.keep_checkpoints": "9"}
+LAGS = {"run.max_policy_lag": "2", "run.max_disc_lag": "2", "run.steps": "6", "discriminator.level": '"token"'}
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
+
+    folder: Path
+    code: int
+    output: str
+    left: list[str]
+    """Command lines of processes that outlived it."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+
+Launch = Callable[..., Finished]
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_demonstrations: Path) -> Path:
+    """TOML of a run of 8 steps; its run folders lie beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = folder / "run.toml"
+    file.write_text(
+        f"""
+        [run]
+        output = "{folder}"
+        steps = {STEPS}
+        prompts_per_step = {PROMPTS}
+        checkpoint_every = 0
+        [data]
+        demonstrations = "{tiny_demonstrations}"
+        max_prompt_tokens = 32
+        heldout_fraction = 0.2
+        selection_fraction = 0.2
+        test_fraction = 0.2
+        [policy]
+        model = "{tiny_model}"
+        dtype = "float32"
+        [sampling]
+        group_size = {SAMPLES}
+        max_tokens = 16
+        [learner]
+        lr = 1e-3
+        [discriminator]
+        lr = 1e-3
+        batch_size = 16
+        warmup_max_steps = 10
+        [discriminator.health]
+        enabled = false  # or the discriminator, which wins here, would pause
+        [evaluation]
+        every = 4
+        prompts = 16
+        test_prompts = 16
+        bootstrap = 100
+        embedding_model = "none"
+        """
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def launch(configuration: Path) -> Launch:
+    """`launch(name, {"run.steps": "3"}, resume=..., meanwhile=...)` runs `rlgaf train` to its end."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def start(
+        name: str,
+        overrides: dict[str, str],
+        *,
+        resume: bool = False,
+        meanwhile: Callable[[subprocess.Popen[str], Path], None] | None = None,
+    ) -> Finished:
+        folder = configuration.parent / name
+        log = configuration.parent / f"{name}{'-resumed' if resume else ''}.log"
+        words = [f"--run.name={name}", *(f"--{field}={value}" for field, value in overrides.items())]
+        command = [sys.executable, "-m", "services.cli", "train", str(configuration), *words]
+        before = set(psutil.Process().children(recursive=True))
+        # What the run leaves behind becomes a child of this process instead of init's, and is found.
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        try:
+            with log.open("w") as out:
+                process = subprocess.Popen(
+                    command + ["--resume"] * resume,
+                    cwd=ROOT,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "140"},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                try:
+                    if meanwhile is not None:
+                        meanwhile(process, folder)
+                    code = process.wait(timeout=600)
+                finally:
+                    if process.poll() is None:
+                        process.send_signal(signal.SIGTERM)
+                        process.wait(timeout=60)
+            left = alive([p for p in psutil.Process().children(recursive=True) if p not in before])
+        finally:
+            libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        return Finished(folder, code, log.read_text(), left)
+
+    return start
+
+
+def alive(processes: list[psutil.Process], grace_s: float = 10.0) -> list[str]:
+    """Command lines of those that do not end within the grace period; zombies have ended."""
+    deadline = time.monotonic() + grace_s
+    while True:
+        running = []
+        for process in processes:
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    running.append(" ".join(process.cmdline()))
+            except psutil.NoSuchProcess:
+                continue
+        if not running or time.monotonic() > deadline:
+            return running
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def unbroken(launch: Launch) -> Finished:
+    return launch("unbroken", EXACT)
+
+
+def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """Ctrl-C as soon as the first step is in the metrics."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
+            process.send_signal(signal.SIGINT)
+            return
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def interrupted(launch: Launch) -> tuple[Finished, list[dict[str, Any]]]:
+    """A run stopped with Ctrl-C, and the rows it had written by then."""
+    finished = launch("broken", EXACT, meanwhile=interrupt_after_a_step)
+    return finished, finished.rows
+
+
+@pytest.fixture(scope="module")
+def resumed(launch: Launch, interrupted: tuple[Finished, list[dict[str, Any]]]) -> Finished:
+    return launch("broken", EXACT, resume=True)
+
+
+@pytest.fixture(scope="module")
+def lagging(launch: Launch) -> Finished:
+    return launch("lagging", LAGS)
+
+
+def test_a_run_ends_well_and_leaves_no_process_behind(unbroken):
+    assert unbroken.code == 0, unbroken.output[-3000:]
+    assert unbroken.left == []
+
+
+def test_summary_keeps_its_promises(unbroken):
+    summary = unbroken.summary
+    for name in ("base", "best", "last", "human"):
+        row = summary["evaluation"][name]
+        assert all(math.isfinite(row[key]) for key in PROMISED), (name, row)
+    assert {"generate", "score", "learn", "sync", "discriminate", "evaluate"} <= summary["phases"].keys()
+    tokens = sum(round(row["response/length_mean"] * PROMPTS * SAMPLES) for row in unbroken.rows)
+    assert summary["phases"]["generate"]["tokens"] == summary["phases"]["learn"]["tokens"] == tokens
+    assert summary["steps"] == STEPS
+    assert summary["responses"]["trained"] == STEPS * PROMPTS * SAMPLES
+    assert isinstance(summary["alarms"], list)
+    assert [point["step"] for point in summary["learning_curve"]] == [0, 4, 8]
+
+
+def test_every_step_is_in_the_metrics(unbroken):
+    rows = unbroken.rows
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    expected = {
+        "reward/mean", "reward/std", "policy/entropy", "policy/kl", "policy/grad_norm", "policy/importance_mean",
+        "policy/mismatch_mean", "policy/mismatch_max", "response/length_mean", "response/truncated_rate",
+        "seconds/generate", "seconds/score", "seconds/learn", "seconds/sync", "memory_mib/controller",
+        "sync/bytes", "sync/wire_s",
+    }  # fmt: skip
+    for row in rows:
+        assert expected <= row.keys()
+        assert all(value is not None for value in row.values()), "a number was not finite"
+    for row in rows[1:]:
+        assert {"discriminator/accuracy", "discriminator/accuracy_heldout", "discriminator/margin"} <= row.keys()
+        assert row["discriminator/steps"] == 2
+
+
+def test_synchronous_run_has_no_lag_and_balanced_accounts(unbroken):
+    for row in unbroken.rows:
+        assert row["lag/policy"] == row["lag/disc"] == {"0": PROMPTS * SAMPLES}
+        assert row["responses/submitted"] == row["responses/trained"] == row["step"] * PROMPTS * SAMPLES
+        assert row["responses/dropped"] == row["responses/failed"] == row["responses/in_flight"] == 0
+
+
+def test_sampler_and_learner_agree_at_every_step(unbroken):
+    """After the first sync too, so the weights that were sent are the weights that sample."""
+    assert all(0 <= row["policy/mismatch_max"] < 1e-4 for row in unbroken.rows)
+    assert all(row["policy/grad_norm"] > 0 for row in unbroken.rows)
+    assert all(row["policy/kl"] > 0 for row in unbroken.rows[1:]), "the policy never moved"
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_models_load_in_transformers_and_score_as_the_summary_says(unbroken, configuration, name):
+    """The NLL in the summary, computed in the learner's packed rows, against one plain forward pass per answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rollout.data import load_data
+    from rollout.templates import Renderer
+    from services.config import load
+    from services.system import first_prompts
+
+    settings = load(configuration)
+    model = AutoModelForCausalLM.from_pretrained(unbroken.folder / name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(unbroken.folder / name)
+    splits = load_data(settings.data, Renderer(tokenizer, settings.data, settings.policy))
+    total, count = 0.0, 0
+    for row in first_prompts(splits.test, settings.evaluation.test_prompts).to_pylist():
+        prompt = tokenizer(row["prompt_text"], add_special_tokens=False)["input_ids"]
+        answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        answer = answer[: settings.sampling.max_tokens]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.log_softmax(-1)[range(len(answer)), answer]
+        total, count = total - float(chosen.sum()), count + len(answer)
+    assert unbroken.summary["evaluation"][name]["nll"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_the_best_model_answers_in_vllm(unbroken):
+    command = [sys.executable, "-m", "services.cli", "generate", str(unbroken.folder / "best")]
+    words = ["--prompt", "say cat 1: ", "--prompt", "say dog 2: ", "--policy.dtype", "float32"]
+    limits = ["--sampling.max_tokens", "8", "--data.max_prompt_tokens", "32"]
+    done = subprocess.run(
+        command + words + limits, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [answer["prompt"] for answer in answers] == ["say cat 1: ", "say dog 2: "]
+    assert all(answer["finish_reason"] in ("stop", "length") and answer["response"] for answer in answers)
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_no_process(interrupted):
+    finished, rows = interrupted
+    assert finished.code == 130, finished.output[-3000:]
+    assert finished.left == []
+    assert 1 <= len(rows) < STEPS
+    assert (finished.folder / "checkpoints" / f"step-{len(rows):06d}" / "manifest.json").exists()
+    assert not list((finished.folder / "checkpoints").glob(".partial*"))
+    assert "--resume" in finished.output
+
+
+def test_a_resumed_run_equals_the_unbroken_one(unbroken, interrupted, resumed):
+    """Number for number: every metric that is no time or memory, and every weight."""
+    assert resumed.code == 0, resumed.output[-3000:]
+    assert resumed.left == []
+    assert resumed.rows[: len(interrupted[1])] == interrupted[1]
+    assert [row["step"] for row in resumed.rows] == list(range(1, STEPS + 1))
+    differing = {
+        (row["step"], key): (value, other.get(key))
+        for row, other in zip(unbroken.rows, resumed.rows, strict=True)
+        for key, value in row.items()
+        if not is_clock(key) and value != other.get(key)
+    }
+    assert not differing
+    for name in ("best", "last"):
+        expected = load_file(unbroken.folder / name / "model.safetensors")
+        found = load_file(resumed.folder / name / "model.safetensors")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    for name in ("base", "best", "last", "human"):
+        assert resumed.summary["evaluation"][name] == unbroken.summary["evaluation"][name]
+    assert resumed.summary["responses"] == unbroken.summary["responses"]
+
+
+def is_clock(key: str) -> bool:
+    """Fields that measure the machine and not the run."""
+    return key == "time" or key.startswith(("seconds", "memory")) or "seconds" in key or key.endswith("_s")
+
+
+def test_lags_stay_in_bounds_and_accounts_balance(lagging):
+    assert lagging.code == 0, lagging.output[-3000:]
+    assert lagging.left == []
+    lags: set[int] = set()
+    for row in lagging.rows:
+        policy, judge = ({int(k): n for k, n in row[f"lag/{name}"].items()} for name in ("policy", "disc"))
+        assert min(policy) >= 0
+        assert max(policy) <= 2
+        assert max(judge) <= 2
+        lags |= policy.keys()
+        accounts = {name: row[f"responses/{name}"] for name in ("trained", "dropped", "failed", "in_flight")}
+        assert row["responses/submitted"] == sum(accounts.values())
+        assert sum(policy.values()) == sum(judge.values()) == PROMPTS * SAMPLES
+    assert max(lags) > 0, "nothing was generated ahead"
+    assert lagging.rows[0]["responses/in_flight"] > 0
+    assert lagging.rows[-1]["responses/in_flight"] == 0
+    assert lagging.summary["responses"]["trained"] == 6 * PROMPTS * SAMPLES
+
+
+def test_a_finished_run_is_neither_overwritten_nor_resumed(unbroken, launch):
+    before = (unbroken.folder / "summary.json").read_bytes()
+    again = launch("unbroken", EXACT)
+    assert again.code == 2
+    assert "exists already" in again.output
+    done = launch("unbroken", EXACT, resume=True)
+    assert done.code == 2
+    assert "8 of 8 steps" in done.output
+    assert (unbroken.folder / "summary.json").read_bytes() == before

@@ -1,0 +1,116 @@
+"""The scoring service on real Ray Serve: two replicas, named versions, identical scores, HTTP with a bearer token."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import serve
+
+from discriminator.config import DiscriminatorConfig, ScoringConfig
+from discriminator.model import load_discriminator
+from discriminator.scorer import Scorer
+from discriminator.versions import VersionStore, state_checksum
+from services.scoring import deploy
+
+pytestmark = pytest.mark.e2e
+
+TOKEN = "only-for-this-test"
+PORT = 18473
+GROUP = [("the cat sat on the mat", True), ("the door", True), ("sells sea", False)]
+
+
+def state_of(config: DiscriminatorConfig, model: str, shift: float) -> dict[str, torch.Tensor]:
+    module = load_discriminator(config, model, device="cpu", dtype=torch.float32, seed=3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.add_(shift * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster: None, tiny_model: Path) -> Iterator[tuple[Any, Any, DiscriminatorConfig, dict[int, Any]]]:
+    scoring = ScoringConfig(replicas=2, http=True, http_port=PORT, http_token="RLGAF_TEST_TOKEN", cpus=0.5)
+    config = DiscriminatorConfig(scoring=scoring, device="cpu")
+    states = {version: state_of(config, str(tiny_model), 0.02 * version) for version in (0, 1, 2)}
+    store = ray.remote(VersionStore).options(num_cpus=0).remote()
+    for version in (0, 1):
+        ray.get(store.publish.remote(version, state_checksum(states[version]), [ray.put(states[version])]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLGAF_TEST_TOKEN", TOKEN)
+        handle = deploy("scoring-test", config, str(tiny_model), "float32", store, threads=1, use_gpu=False)
+    yield handle, store, config, states
+    serve.shutdown()
+
+
+def local_scores(config: DiscriminatorConfig, model: Path, states: dict[int, Any], version: int) -> list[np.ndarray]:
+    scorer = Scorer(config, str(model), model_dtype="float32")
+    scorer.ensure(version, lambda v: (state_checksum(states[v]), states[v]))
+    return [item.scores for item in scorer.score(version, ["say cat: "], [GROUP])[0]]
+
+
+def test_every_replica_answers_with_the_named_version_and_the_same_scores(service: Any, tiny_model: Path) -> None:
+    handle, _, config, states = service
+    for version in (0, 1):
+        expected = local_scores(config, tiny_model, states, version)
+        calls = [handle.score.remote(version, "say cat: ", GROUP) for _ in range(12)]
+        for call in calls:  # both replicas get some, in batches of different sizes
+            for item, scores in zip(call.result(timeout_s=60), expected, strict=True):
+                np.testing.assert_allclose(item["scores"], scores, atol=1e-4)
+    first, second = (local_scores(config, tiny_model, states, v)[0][-1] for v in (0, 1))
+    assert abs(first - second) > 1e-3, "the versions must differ, or the test shows nothing"
+
+
+def test_versions_in_one_batch_are_kept_apart(service: Any, tiny_model: Path) -> None:
+    handle, _, config, states = service
+    expected = {v: local_scores(config, tiny_model, states, v)[0][-1] for v in (0, 1)}
+    calls = [(v, handle.score.remote(v, "say cat: ", GROUP)) for v in (0, 1, 0, 1, 1, 0)]
+    for version, call in calls:
+        assert call.result(timeout_s=60)[0]["scores"][-1] == pytest.approx(expected[version], abs=1e-4)
+
+
+def test_a_version_that_is_gone_is_refused_not_replaced(service: Any) -> None:
+    handle, store, _, states = service
+    with pytest.raises(Exception, match="version 7 is not held"):
+        handle.score.remote(7, "say cat: ", GROUP).result(timeout_s=60)
+    ray.get(store.publish.remote(2, state_checksum(states[2]), [ray.put(states[2])]))
+    assert ray.get(store.versions.remote()) == [1, 2]
+    assert len(handle.score.remote(2, "say cat: ", GROUP).result(timeout_s=60)) == len(GROUP)
+
+
+def test_http_needs_the_token_and_gives_the_same_scores(service: Any, tiny_model: Path) -> None:
+    _, _, config, states = service
+    body = {"prompt": "say cat: ", "responses": [text for text, _ in GROUP[:2]], "disc_version": 1}
+    assert post(body, "wrong")[0] == 401
+    status, answer = post(body, TOKEN)
+    assert status == 200
+    assert answer["disc_version"] == 1
+    expected = [scores[-1] for scores in local_scores(config, tiny_model, states, 1)[:2]]
+    np.testing.assert_allclose(answer["scores"], expected, atol=1e-4)
+    assert post({**body, "disc_version": 7}, TOKEN)[0] == 404
+    assert post({"prompt": "x", "responses": []}, TOKEN)[0] == 422
+
+
+def post(body: dict[str, Any], token: str) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}/v1/score",
+        data=json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+    )
+    for _ in range(30):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, {}
+        except urllib.error.URLError:
+            time.sleep(1)  # the proxy is still coming up
+    raise TimeoutError("the HTTP proxy never came up")

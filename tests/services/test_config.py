@@ -1,0 +1,271 @@
+"""The configuration: what is refused and how, overrides, the round trip to TOML, and what importing it costs."""
+
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from services.config import Config, ConfigError, field_paths, load, parse_overrides, to_toml
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ["--policy.model=m", "--data.demonstrations=d.jsonl"]
+
+
+def refusal(*overrides: str, toml: str | None = None, folder: Path | None = None) -> str:
+    """The message with which these overrides (and this file) are refused."""
+    path = None
+    if toml is not None and folder is not None:
+        path = folder / "run.toml"
+        path.write_text(toml)
+    with pytest.raises(ConfigError) as refused:
+        load(path, [*NEEDED, *overrides])
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("learner.learning_rate", "learner.lr"),
+        ("learner.lrr", "learner.lr"),
+        ("group_size", "sampling.group_size"),
+        ("learner.group_size", "sampling.group_size"),
+        ("discriminator.heath.enabled", "discriminator.health.enabled"),
+        ("samplng.temperature", "sampling.temperature"),
+    ],
+)
+def test_unknown_field_is_refused_with_a_suggestion(given, meant):
+    message = refusal(f"--{given}=1")
+    assert f"unknown field {given}" in message or f"unknown field {given.rsplit('.', 1)[0]}" in message
+    if given != "learner.learning_rate":  # no letter in common with lr that a program could see
+        assert meant in message or meant.rsplit(".", 1)[0] in message
+
+
+def test_unknown_field_in_a_file_names_the_file_and_every_one_of_them(tmp_path):
+    message = refusal(toml="[run]\nstep = 3\n[sampling]\ntemprature = 1.0\n", folder=tmp_path)
+    assert f"{tmp_path / 'run.toml'}: unknown field run.step; did you mean run.steps" in message
+    assert "unknown field sampling.temprature; did you mean sampling.temperature" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["--run.exact=true", "--run.max_policy_lag=1"], ["run.exact", "run.max_policy_lag"]),
+        (["--learner.baseline=group", "--sampling.group_size=1"], ["learner.baseline", "sampling.group_size"]),
+        (["--rollout.max_model_len=20"], ["rollout.max_model_len = 20", "data.max_prompt_tokens"]),
+        (["--sampling.top_p=0.9"], ["sampling.top_p = 0.9", "evaluation.top_p"]),
+        (["--sampling.top_k=40"], ["sampling.top_k = 40"]),
+        (["--learner.kl_estimator=k1"], ["learner", "kl_estimator"]),
+        (["--learner.epochs=2", "--learner.loss=reinforce"], ["learner", "epochs", "ppo_clip"]),
+        (["--data.test_fraction=0.45", "--data.heldout_fraction=0.45"], ["data", "fractions"]),
+        (["--discriminator.body=encoder", "--discriminator.level=token"], ["discriminator", "causal"]),
+        (["--learner.lora.rank=4", "--learner.zero_stage=3"], ["learner", "lora", "zero_stage"]),
+        (["--run.steps=0"], ["run.steps", "0"]),
+        (["--learner.lr=-1e-5"], ["learner.lr", "-1e-05"]),
+        (["--learner.zero_stage=4"], ["learner.zero_stage", "4"]),
+        (["--policy.dtype=float16"], ["policy.dtype", "float16"]),
+        (["--run.steps=many"], ["run.steps", "many"]),
+    ],
+)
+def test_contradictions_and_wrong_values_are_refused_by_name(overrides, names):
+    message = refusal(*overrides)
+    assert all(name in message for name in names), message
+
+
+def test_empty_model_and_demonstrations_are_named_together():
+    with pytest.raises(ConfigError) as refused:
+        load(None)
+    assert "policy.model is empty" in str(refused.value)
+    assert "data.demonstrations is empty" in str(refused.value)
+
+
+@pytest.mark.parametrize("toml", ["[run\nsteps = 3", "steps = = 3"])
+def test_file_that_is_not_toml(tmp_path, toml):
+    assert "not valid TOML" in refusal(toml=toml, folder=tmp_path)
+
+
+def test_binary_or_missing_file_or_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load(tmp_path / "absent.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match=r"binary\.toml: not valid TOML"):
+        load(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("toml", ["run = 5\n", "[learner]\nlora = 4\n"])
+def test_a_value_where_a_section_belongs(tmp_path, toml):
+    message = refusal("--run.steps=3", "--learner.lora.rank=2", toml=toml, folder=tmp_path)
+    assert "is a section" in message
+
+
+def test_an_override_below_a_plain_field(tmp_path):
+    message = refusal("--run.steps.more=3", toml="[run]\nsteps = 3\n", folder=tmp_path)
+    assert "run.steps" in message
+
+
+def test_an_override_of_a_whole_section():
+    assert "run is a section" in refusal("--run=5")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--learner.lr", "1e-5"], {"learner.lr": 1e-5}),
+        (["--learner.lr=1e-5"], {"learner.lr": 1e-5}),
+        (["--run.seed", "-3"], {"run.seed": -3}),
+        (["--a.b", "-0.5", "--c.d=-2"], {"a.b": -0.5, "c.d": -2}),
+        (["--learner.betas", "[0.9, 0.95]"], {"learner.betas": [0.9, 0.95]}),
+        (["--run.name", "plain words"], {"run.name": "plain words"}),
+        (["--run.name", '"quoted"'], {"run.name": "quoted"}),
+        (["--run.name=a=b"], {"run.name": "a=b"}),
+        (["--policy.model", "org/model"], {"policy.model": "org/model"}),
+        (["--data.demonstrations", "/a/b c.jsonl"], {"data.demonstrations": "/a/b c.jsonl"}),
+        (["--learner.lora.target_modules", '["q_proj", "v_proj"]'], {"learner.lora.target_modules": ["q_proj", "v_proj"]}),
+        (["--run.exact", "true"], {"run.exact": True}),
+        (["--policy.end_of_response", '"\\n"'], {"policy.end_of_response": "\n"}),
+        (["--data.system_prompt="], {"data.system_prompt": ""}),
+        (["--data.prompt_template", "Q: {prompt}\nA:"], {"data.prompt_template": "Q: {prompt}\nA:"}),
+        (["--run.steps=1", "--run.steps=2"], {"run.steps": 2}),
+    ],
+)
+def test_overrides(words, expected):
+    assert parse_overrides(words) == expected
+
+
+@pytest.mark.parametrize("words", [["learner.lr", "1"], ["--learner.lr"], ["--learner.lr", "--run.steps"], ["-x"]])
+def test_words_that_are_no_override(words):
+    with pytest.raises(ConfigError, match=r"override|value is missing"):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize("name", ["2024", "007", "1e5", "true", "2024-05-01"])
+def test_a_text_field_takes_text_that_looks_like_another_type(name):
+    """`--run.name 2024` is a name, whatever TOML would make of it."""
+    assert load(None, [*NEEDED, "--run.name", name]).run.name == name
+    assert load(None, [*NEEDED, f"--run.name={name}"]).run.name == name
+
+
+def test_an_override_can_be_none(tmp_path):
+    """A field that a file sets can go back to its default from the command line."""
+    (tmp_path / "run.toml").write_text("[data]\nmax_demonstrations = 5\n")
+    assert load(tmp_path / "run.toml", [*NEEDED, "--data.max_demonstrations=none"]).data.max_demonstrations is None
+
+
+def test_overrides_beat_the_file(tmp_path):
+    (tmp_path / "run.toml").write_text("[learner]\nlr = 1e-3\nbetas = [0.5, 0.6]\n[run]\nsteps = 7\n")
+    config = load(tmp_path / "run.toml", [*NEEDED, "--learner.lr", "1e-5"])
+    assert (config.learner.lr, config.learner.betas, config.run.steps) == (1e-5, (0.5, 0.6), 7)
+
+
+@pytest.mark.parametrize("comments", [False, True])
+def test_round_trip_of_the_defaults(tmp_path, comments):
+    config = load(None, NEEDED)
+    (tmp_path / "run.toml").write_text(to_toml(config, comments=comments))
+    assert load(tmp_path / "run.toml") == config
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.stem)
+def test_examples_load_and_go_round(tmp_path, example):
+    config = load(example)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert load(tmp_path / "run.toml") == config
+
+
+@pytest.mark.parametrize("text", ['say "hi"', "back\\slash", "two\nlines\ttab", "\r\b\f\x1b\x00\x7f", "Größe 東京 🙂", "'", "#"])
+def test_any_text_goes_round(tmp_path, text):
+    config = load(None, NEEDED)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"system_prompt": text})})
+    (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load(tmp_path / "run.toml").data.system_prompt == text
+
+
+def test_printed_default_loads_once_the_two_required_fields_are_set(tmp_path):
+    printed = subprocess.run(
+        [sys.executable, "-m", "services.cli", "config"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (tmp_path / "run.toml").write_text(printed)
+    with pytest.raises(ConfigError, match=r"policy\.model"):
+        load(tmp_path / "run.toml")
+    filled = printed.replace('\nmodel = ""', '\nmodel = "m"', 1).replace(
+        '\ndemonstrations = ""', '\ndemonstrations = "d.jsonl"', 1
+    )
+    (tmp_path / "run.toml").write_text(filled)
+    assert load(tmp_path / "run.toml") == load(None, NEEDED)
+    undocumented = [path for path, section in field_paths().items() if section is None and path not in mentioned(printed)]
+    assert not undocumented
+
+
+def mentioned(toml: str) -> set[str]:
+    """Dotted paths of all fields that stand in a TOML text, those commented out for want of a value too."""
+    found, section = set(), ""
+    for line in toml.splitlines():
+        if line.startswith("["):
+            section = line.strip("[]") + "."
+        elif " =" in line:
+            found.add(section + line.removeprefix("# ").split(" =")[0])
+    return found
+
+
+def all_sections(model: type[BaseModel] = Config) -> set[type[BaseModel]]:
+    return {model, *(section for section in field_paths(model).values() if section is not None)}
+
+
+@pytest.mark.parametrize("section", sorted(all_sections(), key=lambda s: s.__name__), ids=lambda s: s.__name__)
+def test_every_field_is_documented(section):
+    assert section.__doc__
+    assert section.__doc__ != BaseModel.__doc__
+    for name, field in section.model_fields.items():
+        is_section = section is Config
+        assert is_section or (field.description or "").strip().endswith((".", '"')), f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize("module", ["services.config", "services.plan", "services.cli", "services.ledger"])
+def test_configuration_imports_nothing_heavy(module):
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'sklearn', 'tensorboard'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_dry_run_prints_configuration_and_plan_quickly_and_makes_nothing(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "services.cli", "train", "--dry-run"]
+    (tmp_path / "run.toml").write_text(
+        f'[policy]\nmodel = "nowhere/at-all"\n[data]\ndemonstrations = "d"\n[run]\noutput = "{tmp_path}/runs"\n'
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.toml"), "--learner.lr", "1e-5", "--run.seed", "-4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = tomllib.loads(done.stdout)
+    assert printed["learner"]["lr"] == 1e-5
+    assert printed["run"]["seed"] == -4
+    assert "# rollout" in done.stdout
+    assert "# total" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "ray", "vllm", "transformers"}
+    assert not (tmp_path / "runs").exists()
+    assert seconds < 10, "about a second on a machine at rest"
+
+
+def test_discount_follows_the_level_unless_it_is_set():
+    assert load(None, NEEDED).gamma == 1.0
+    assert load(None, [*NEEDED, "--discriminator.level=token"]).gamma == 0.25
+    assert load(None, [*NEEDED, "--discriminator.level=token", "--learner.gamma=0.5"]).gamma == 0.5
+
+
+def test_longest_sequence_follows_prompt_and_response_unless_it_is_set():
+    assert load(None, [*NEEDED, "--data.max_prompt_tokens=10", "--sampling.max_tokens=5"]).max_model_len == 15
+    assert load(None, [*NEEDED, "--rollout.max_model_len=1000"]).max_model_len == 1000
