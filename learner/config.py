@@ -124,7 +124,9 @@ class LearnerConfig(OptimizerConfig):
     """PPO: ratios above 1 + clip_high earn nothing more."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Discount of later tokens' rewards in a token's return (None: 1 with sequence-level rewards, .25 per token)."""
+    """Discount of later tokens' rewards in a token's return (None: 1 with sequence-level rewards, .25 per
+    token).
+    """
 
     baseline: Literal["none", "batch", "group"] = "batch"
     """What is subtracted from returns: nothing, the batch mean, or the mean over the prompt's group."""
@@ -167,7 +169,9 @@ class LearnerConfig(OptimizerConfig):
                 'set kl_estimator = "k1"'
             )
         if self.lora.rank and self.zero_stage == 3:
-            raise ValueError("lora with zero_stage = 3 cannot be merged for the broadcast; use zero_stage = 1 or 2")
+            raise ValueError(
+                "lora with zero_stage = 3 cannot be merged for the broadcast; use zero_stage = 1 or 2"
+            )
         if self.loss == "reinforce" and self.epochs * self.minibatches > 1:
             raise ValueError(
                 'loss = "reinforce" is on-policy: set epochs = 1 and minibatches = 1, '

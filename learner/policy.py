@@ -381,11 +381,11 @@ def _token_shares(minibatch: _Minibatch, samples: Samples, normalise: str) -> to
 
 def _skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same class without weights, to save under."""
-    config = copy.deepcopy(model.config)  # save_pretrained writes into it, and the policy still computes with its own
+    # save_pretrained writes into the configuration, and the policy goes on computing with its own.
+    config = copy.deepcopy(model.config)
     config.dtype = dtype
     with torch.device("meta"):
-        plain = type(model)(config)
-    return plain
+        return type(model)(config)
 
 
 class _Clock:

@@ -1,7 +1,7 @@
 """The learner's commands, as one rank of its training group executes them.
 
-Every command runs on all ranks. Tables and handles arrive as object references; results are small and picklable, and
-only rank 0's are read where all ranks would return the same.
+Every command runs on all ranks. Tables and handles arrive as object references; results are small and
+picklable, and only rank 0's are read where all ranks would return the same.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from learner.weight_sender import WeightSender
 from learner.weight_source import MIB, ModuleWeights
 from rollout.config import PolicyConfig, RolloutConfig
 from rollout.engine import transfer_backend
+
 
 class LearnerRank:
     """Handler of one learner rank (see `learner.trainer`)."""
@@ -49,13 +50,18 @@ class LearnerRank:
         self.sender: WeightSender | None = None
 
     def train_step(self, table: "ray.ObjectRef[pa.Table]", step: int) -> dict[str, Any]:
-        """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics and this rank's memory."""
+        """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics and this rank's
+        memory.
+        """
         return self.learner.train_step(ray.get(table), step) | {"memory_mib": memory_mib()}
 
     def connect(self, workers: list[Any], worlds: list[int]) -> None:
-        """Form the weight-transfer group with these rollout workers (actor handle and TP x PP of each); a former group
-        is left."""
-        refs = [WorkerRef(i, handle, world) for i, (handle, world) in enumerate(zip(workers, worlds, strict=True))]
+        """Form the weight-transfer group with these rollout workers (actor handle and TP x PP of each); a
+        former group is left.
+        """
+        refs = [
+            WorkerRef(i, handle, world) for i, (handle, world) in enumerate(zip(workers, worlds, strict=True))
+        ]
         if self.sender is None:
             self.sender = self._make_sender(refs)
         self.sender.connect(refs)
@@ -80,8 +86,10 @@ class LearnerRank:
         )
 
     def sync(self, version: int) -> dict[str, Any]:
-        """Broadcast the weights as `version`. A failure of workers is an answer, not an exception: the learner is
-        well, and the controller replaces them. Returns timings, or the indices of workers to replace and `error`."""
+        """Broadcast the weights as `version`. A failure of workers is an answer, not an exception: the
+        learner is well, and the controller replaces them. Returns timings, or the indices of workers to
+        replace and `error`.
+        """
         assert self.sender is not None, "connect() first"
         try:
             return {"replace": [], **self.sender.send(version)}
@@ -89,7 +97,9 @@ class LearnerRank:
             return {"replace": sorted({*error.broken, *error.failures}), "error": str(error)}
 
     def mean_nll(self, table: "ray.ObjectRef[pa.Table]") -> float:
-        """Mean negative log-likelihood, nats per token, of the responses in a table of prompt_ids, response_ids."""
+        """Mean negative log-likelihood, nats per token, of the responses in a table of prompt_ids,
+        response_ids.
+        """
         rows = self.learner.response_logprobs(ray.get(table))
         return -float(np.concatenate(rows).mean())
 

@@ -1,10 +1,11 @@
 """A training role (learner or discriminator) as a Ray Train worker group driven by commands.
 
 Protocol: `TorchTrainer.fit()` runs in a thread of its own; every rank builds its handler and then asks the
-group's `Mailbox` actor for commands, in order. A command runs on all ranks (they share collectives) and is done
-when all have replied. A command carries a number; a rank that sees a number again sends its first reply again, so a
-repeated delivery is harmless. The group is never restarted in place: a rank that fails ends the run with its own
-traceback, and the run resumes from its last checkpoint, so there is one recovery path instead of two.
+group's `Mailbox` actor for commands, in order. A command runs on all ranks (they share collectives) and is
+done when all have replied. A command carries a number; a rank that sees a number again sends its first reply
+again, so a repeated delivery is harmless. The group is never restarted in place: a rank that fails ends the
+run with its own traceback, and the run resumes from its last checkpoint, so there is one recovery path
+instead of two.
 
     group = TrainerGroup("learner", build_rank, build_config, plan)
     await group.start()
@@ -42,7 +43,7 @@ class GroupPlan:
 
 
 class Mailbox:
-    """Async Ray actor between the controller and the ranks of one group. Holds the command in progress only."""
+    """Async Ray actor between the controller and one group's ranks. Holds only the command in progress."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -53,7 +54,9 @@ class Mailbox:
         self.changed = asyncio.Condition()
 
     async def call(self, method: str, payload: dict[str, Any]) -> list[tuple[bool, Any]]:
-        """Run a command on all ranks; returns (ok, result or traceback) by rank, as soon as one failed or all replied."""
+        """Run a command on all ranks; returns (ok, result or traceback) by rank, as soon as one failed or all
+        replied.
+        """
         async with self.changed:
             self.number += 1
             self.command = (self.number, method, payload)
@@ -131,7 +134,9 @@ class TrainerGroup:
     ) -> None:
         self.role = role
         self.plan = plan
-        self.mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 + 4 * plan.ranks).remote(plan.ranks)
+        self.mailbox = (
+            ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 + 4 * plan.ranks).remote(plan.ranks)
+        )
         self._loop_config = {
             "mailbox": self.mailbox,
             "build": build,
@@ -151,14 +156,17 @@ class TrainerGroup:
         """
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
-        self._thread = threading.Thread(target=self._fit, args=(loop, self._ended), daemon=True, name=f"fit-{self.role}")
+        self._thread = threading.Thread(
+            target=self._fit, args=(loop, self._ended), daemon=True, name=f"fit-{self.role}"
+        )
         self._thread.start()
         self.info = await self._wait(
             self.mailbox.wait_ready.remote(), self.plan.start_timeout_s, f"start of {self.plan.ranks} rank(s)"
         )
 
     async def call(self, method: str, *, timeout_s: float, **payload: Any) -> list[Any]:
-        """Run `method(**payload)` of the handler on every rank; returns the results by rank. One command at a time.
+        """Run `method(**payload)` of the handler on every rank; returns the results by rank. One command at a
+        time.
 
         Raises:
             RankError: with the rank's traceback, or when `timeout_s` passed.
@@ -181,7 +189,8 @@ class TrainerGroup:
             ray.kill(self.mailbox)
 
     async def abort(self, timeout_s: float = 20.0) -> None:
-        """End the group without its cooperation: losing the mailbox fails the ranks, and with them the fit thread.
+        """End the group without its cooperation: losing the mailbox fails the ranks, and with them the fit
+        thread.
 
         To be called before `ray.shutdown`, which a running fit thread does not survive.
         """

@@ -1,4 +1,6 @@
-"""Configuration of everything between a data file and a trajectory: data, policy model, sampling, rollout workers."""
+"""Configuration of everything between a data file and a trajectory: data, policy model, sampling, rollout
+workers.
+"""
 
 from typing import Annotated, Literal
 
@@ -6,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 
 class Section(BaseModel):
-    """Base of every configuration section: unknown fields are refused, attribute docstrings document the fields."""
+    """Base of every configuration section: unknown fields are refused, attribute docstrings document the
+    fields.
+    """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
@@ -15,7 +19,9 @@ class DataConfig(Section):
     """Where demonstrations and prompts come from and how they are split."""
 
     demonstrations: str = ""
-    """JSONL or Parquet file, or a Hugging Face dataset folder, with one demonstration (prompt, response) a row."""
+    """JSONL or Parquet file, or a Hugging Face dataset folder, with one demonstration (prompt, response) a
+    row.
+    """
 
     prompts: str = ""
     """Optional file of further prompts without responses; they are used for rollouts only."""
@@ -30,7 +36,9 @@ class DataConfig(Section):
     """`text` uses the prompt as it stands; `chat` renders it with the tokenizer's chat template."""
 
     prompt_template: str = "{prompt}"
-    """Python format string around a text prompt (in chat format: around the single user message made from it)."""
+    """Python format string around a text prompt (in chat format: around the single user message made from
+    it).
+    """
 
     system_prompt: str = ""
     """System message put before every chat prompt that does not bring its own."""
@@ -60,7 +68,9 @@ class DataConfig(Section):
     def _fractions_leave_training_data(self) -> "DataConfig":
         total = self.heldout_fraction + self.selection_fraction + self.test_fraction
         if total >= 0.9:
-            raise ValueError(f"heldout, selection and test fractions add up to {total:.2f}; leave training data (< 0.9)")
+            raise ValueError(
+                f"heldout, selection and test fractions add up to {total:.2f}; leave training data (< 0.9)"
+            )
         return self
 
 
@@ -71,17 +81,22 @@ class PolicyConfig(Section):
     """Hub name or local folder of a causal language model."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype of policy, reference and rollout workers. Masters and optimizer states are always fp32."""
+    """Compute dtype of policy, reference and rollout workers. Masters and optimizer states are always fp32.
+    """
 
     end_of_response: str = ""
-    """Token (as text) that ends a response; empty: the tokenizer's EOS. Base models without a trained EOS can use a newline."""
+    """Token (as text) that ends a response; empty: the tokenizer's EOS. Base models without a trained EOS can
+    use a newline.
+    """
 
     trust_remote_code: bool = False
     """Allow model code from the hub to run."""
 
 
 class SamplingConfig(Section):
-    """How responses are drawn during training. Truncating samplers are refused: the learner cannot see what they cut."""
+    """How responses are drawn during training. Truncating samplers are refused: the learner cannot see what
+    they cut.
+    """
 
     group_size: PositiveInt = 8
     """Responses per prompt."""
@@ -112,8 +127,8 @@ class SamplingConfig(Section):
         for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)):
             if getattr(self, name) != off:
                 raise ValueError(
-                    f"sampling.{name} = {getattr(self, name)} would sample from a distribution the learner cannot "
-                    f"evaluate; set it to {off} (evaluation.{name} may differ)"
+                    f"sampling.{name} = {getattr(self, name)} samples from a distribution the learner cannot "
+                    f"evaluate; set it to {off} (only evaluations may truncate: evaluation.top_p)"
                 )
         return self
 

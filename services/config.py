@@ -38,13 +38,17 @@ class RunSection(Section):
     """Learner steps in all (a resumed run goes on to this number)."""
 
     prompts_per_step: PositiveInt = 16
-    """Prompt groups per step; a step trains on prompts_per_step × sampling.group_size responses."""
+    """Prompt groups per step; a step trains on prompts_per_step * sampling.group_size responses."""
 
     max_policy_lag: NonNegativeInt = 0
-    """Oldest policy version a trained response may come from, in versions behind the learner; 0 is synchronous."""
+    """Oldest policy version a trained response may come from, in versions behind the learner; 0 is
+    synchronous.
+    """
 
     max_disc_lag: NonNegativeInt = 0
-    """Oldest discriminator version a score may come from, in versions behind the newest due; 0 waits for each update."""
+    """Oldest discriminator version a score may come from, in versions behind the newest due; 0 waits for each
+    update.
+    """
 
     checkpoint_every: NonNegativeInt = 50
     """Steps between checkpoints (0: only at the end and on Ctrl-C)."""
@@ -78,18 +82,21 @@ class Config(Section):
         if self.run.exact and (self.run.max_policy_lag or self.run.max_disc_lag):
             problems.append("run.exact needs run.max_policy_lag = 0 and run.max_disc_lag = 0")
         if self.learner.baseline == "group" and self.sampling.group_size == 1:
-            problems.append('learner.baseline = "group" needs sampling.group_size > 1; use "batch" or more samples')
+            problems.append(
+                'learner.baseline = "group" needs sampling.group_size > 1; use "batch" or more samples'
+            )
         if self.rollout.max_model_len is not None:
             need = self.data.max_prompt_tokens + self.sampling.max_tokens
             if self.rollout.max_model_len < need:
                 problems.append(
-                    f"rollout.max_model_len = {self.rollout.max_model_len} is shorter than data.max_prompt_tokens + "
-                    f"sampling.max_tokens = {need}"
+                    f"rollout.max_model_len = {self.rollout.max_model_len} is shorter than data.max_prompt_tokens "
+                    f"+ sampling.max_tokens = {need}"
                 )
         scoring = self.discriminator.scoring
         if scoring.http and not os.environ.get(scoring.http_token):
             problems.append(
-                f"discriminator.scoring.http needs a bearer token: put one into the environment variable {scoring.http_token}"
+                "discriminator.scoring.http needs a bearer token: put one into the environment variable "
+                + scoring.http_token
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -102,7 +109,9 @@ class Config(Section):
 
     @property
     def gamma(self) -> float:
-        """Discount of later rewards: learner.gamma, or 1 at the sequence level and .25 per token (docs/design.md)."""
+        """Discount of later rewards: learner.gamma, or 1 at the sequence level and .25 per token
+        (docs/design.md).
+        """
         if self.learner.gamma is not None:
             return self.learner.gamma
         return 1.0 if self.discriminator.level == "sequence" else 0.25
@@ -114,7 +123,9 @@ class Config(Section):
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same configuration with local model folders as absolute paths: worker processes have other directories."""
+    """The same configuration with local model folders as absolute paths: worker processes have other
+    directories.
+    """
 
     def settled(name: str) -> str:
         folder = Path(name).expanduser()
@@ -155,7 +166,8 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
     """Read a TOML file, apply `--section.field value` overrides, validate.
 
     Raises:
-        ConfigError: unreadable file, unknown field (with the nearest known one), wrong value or contradiction.
+        ConfigError: unreadable file, unknown field (with the nearest known one), wrong value or
+        contradiction.
     """
     raw: dict[str, Any] = {}
     if path is not None:
@@ -197,7 +209,8 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`["--a.b", "1", "--c.d=x"]` → `{"a.b": 1, "c.d": "x"}`; values are TOML, or else plain strings.
 
-    A text field takes a bare word as it stands (`--run.name 2024`), and `none` clears a field that may be empty.
+    A text field takes a bare word as it stands (`--run.name 2024`), and `none` clears a field that may be
+    empty.
 
     Raises:
         ConfigError: a word that is no override, or an override without value.
@@ -211,7 +224,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         if not equals:
             text = next(words, "")
             if text == "" or text.startswith("--"):
-                raise ConfigError(f"--{dotted}: a value is missing, as in --{dotted} VALUE or --{dotted}=VALUE")
+                raise ConfigError(
+                    f"--{dotted}: a value is missing, as in --{dotted} VALUE or --{dotted}=VALUE"
+                )
         overrides[dotted] = _override_value(dotted, text)
     return overrides
 
@@ -257,7 +272,9 @@ def _unknown(dotted: str, known: list[str]) -> str:
     leaf = dotted.rsplit(".", 1)[-1]
     same_leaf = [path for path in known if path.rsplit(".", 1)[-1] == leaf]
     close = same_leaf or difflib.get_close_matches(dotted, known, n=2, cutoff=0.6)
-    close = close or [p for p in known if difflib.SequenceMatcher(None, leaf, p.rsplit(".", 1)[-1]).ratio() > 0.75]
+    close = close or [
+        p for p in known if difflib.SequenceMatcher(None, leaf, p.rsplit(".", 1)[-1]).ratio() > 0.75
+    ]
     hint = f"; did you mean {' or '.join(close[:2])}?" if close else "; `rlgaf config` lists all fields"
     return f"unknown field {dotted}{hint}"
 

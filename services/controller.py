@@ -1,11 +1,13 @@
 """The controller: generate → score → learn → sync, with the discriminator alongside.
 
-Invariants: a batch trained at policy version v holds nothing sampled by a version before v - max_policy_lag and
-no score older than max_disc_lag discriminator versions; a step's prompts are asked for only when that will hold, so
-lag 0 is the synchronous case of the same loop. Each response is in exactly one place (`services.ledger`).
+Invariants: a batch trained at policy version v holds nothing sampled by a version before v - max_policy_lag
+and no score older than max_disc_lag discriminator versions; a step's prompts are asked for only when that
+will hold, so lag 0 is the synchronous case of the same loop. Each response is in exactly one place
+(`services.ledger`).
 
-The two clocks: policy version = learner steps done; discriminator version = discriminator turns done (a turn that the
-health gate skips still counts, so the clocks stay comparable). The turn of step s yields version s + 1.
+The two clocks: policy version = learner steps done; discriminator version = discriminator turns done (a turn
+that the health gate skips still counts, so the clocks stay comparable). The turn of step s yields version s +
+1.
 """
 
 import asyncio
@@ -77,7 +79,9 @@ class Controller:
             batch = await self._generating.pop(self.step)
         self._cursors.pop(self.step)
         self.timer.tokens("generate", _tokens(batch))
-        return self._drop(batch, pc.greater(lag(batch, self.step), self.config.run.max_policy_lag), "policy_lag")
+        return self._drop(
+            batch, pc.greater(lag(batch, self.step), self.config.run.max_policy_lag), "policy_lag"
+        )
 
     async def _generate(self, step: int) -> pa.Table:
         self._cursors[step] = self.system.prompts.state()
@@ -92,7 +96,9 @@ class Controller:
             raise
 
     async def score(self, batch: pa.Table) -> pa.Table:
-        """The batch with reward columns; all responses of a group are judged by one version, none staler than allowed."""
+        """The batch with reward columns; all responses of a group are judged by one version, none staler than
+        allowed.
+        """
         if self._turn is not None and self.step - self.system.disc_version > self.config.run.max_disc_lag:
             with self.timer("wait for discriminator"):
                 await self._finish_turn()
@@ -136,7 +142,9 @@ class Controller:
         await self._finish_turn()
 
     async def settle(self) -> None:
-        """Nothing in the air: the discriminator's turn is done, generation asked for ahead is given up and counted."""
+        """Nothing in the air: the discriminator's turn is done, generation asked for ahead is given up and
+        counted.
+        """
         await self.quiesce()
         for step, task in sorted(self._generating.items()):
             batch = await task
@@ -149,10 +157,18 @@ class Controller:
         groups = pc.unique(batch["group_id"].filter(unfit)).to_pylist() if pc.any(unfit).as_py() else []
         for group in groups:
             self.ledger.drop(group, reason)
-        return batch.filter(pc.invert(pc.is_in(batch["group_id"], pa.array(groups, pa.string())))) if groups else batch
+        return (
+            batch.filter(pc.invert(pc.is_in(batch["group_id"], pa.array(groups, pa.string()))))
+            if groups
+            else batch
+        )
 
-    def report(self, batch: pa.Table, scored: pa.Table, learned: dict[str, Any], synced: dict[str, float]) -> None:
-        """Hand this step's metrics to the observer. Discriminator numbers are those of the last finished turn."""
+    def report(
+        self, batch: pa.Table, scored: pa.Table, learned: dict[str, Any], synced: dict[str, float]
+    ) -> None:
+        """Hand this step's metrics to the observer. Discriminator numbers are those of the last finished
+        turn.
+        """
         self.observe(
             self.step + 1,
             {
@@ -172,7 +188,9 @@ class Controller:
         )
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint. Prompts asked for ahead are asked for again: the cursor is the oldest one in use."""
+        """For the checkpoint. Prompts asked for ahead are asked for again: the cursor is the oldest one in
+        use.
+        """
         oldest = self._cursors[min(self._cursors)] if self._cursors else self.system.prompts.state()
         return {
             "step": self.step,

@@ -1,7 +1,7 @@
 """The demonstrations in the spelling the discriminator reads.
 
-Demonstrations live here and in the discriminator's processes only: nothing in this module is ever handed to the
-learner.
+Demonstrations live here and in the discriminator's processes only: nothing in this module is ever handed to
+the learner.
 """
 
 import pyarrow as pa
@@ -16,12 +16,18 @@ class Demonstrations:
     """Training and held-out demonstrations, canonical and cut to the rollouts' token limit."""
 
     def __init__(
-        self, splits: DataSplits, tokenizer: PreTrainedTokenizerBase, canonical: CanonicalConfig, max_tokens: int
+        self,
+        splits: DataSplits,
+        tokenizer: PreTrainedTokenizerBase,
+        canonical: CanonicalConfig,
+        max_tokens: int,
     ) -> None:
         def prepared(table: pa.Table) -> pa.Table:
             judged = table.select(["prompt_id", "prompt_text", "response"])
             judged = judged.rename_columns(["prompt_id", "prompt_text", "response_text"])
-            return prepare_demonstrations(judged, tokenizer, canonical, max_tokens=max_tokens).combine_chunks()
+            return prepare_demonstrations(
+                judged, tokenizer, canonical, max_tokens=max_tokens
+            ).combine_chunks()
 
         self.train = prepared(splits.train)
         self.heldout = prepared(splits.heldout)

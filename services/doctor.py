@@ -27,9 +27,11 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """All checks, in the order they are printed. Imports none of the packages it reports on, but torch last."""
+    """All checks, in the order they are printed. Imports none of the packages it reports on."""
     yield Finding("python", platform.python_version())
-    yield Finding("machine", f"{os.cpu_count()} cores, {_memory_gib():.0f} GiB memory, {_shm_gib():.1f} GiB /dev/shm")
+    yield Finding(
+        "machine", f"{os.cpu_count()} cores, {_memory_gib():.0f} GiB memory, {_shm_gib():.1f} GiB /dev/shm"
+    )
     for name in PACKAGES:
         version = _version(name)
         yield Finding(name, version or "missing", "" if version else "run make setup")
@@ -41,17 +43,23 @@ def findings() -> Iterator[Finding]:
     gpus = local_gpus()
     yield Finding("GPUs", str(gpus))
     if gpus and cpu_torch:
-        yield Finding("torch build", "CPU, but this machine has GPUs", "run make clean and make setup DEVICE=gpu")
+        yield Finding(
+            "torch build", "CPU, but this machine has GPUs", "run make clean and make setup DEVICE=gpu"
+        )
     for name in CUDA_ONLY:
         if cpu_torch and (version := _version(name)):
             remedy = f"pip uninstall -y {name}: it is a CUDA build and breaks transformers beside a CPU torch"
             yield Finding(name, version, remedy)
     compiler = shutil.which("g++")
-    yield Finding("g++", compiler or "missing", "" if compiler else "install g++ (Debian: apt-get install g++)")
+    yield Finding(
+        "g++", compiler or "missing", "" if compiler else "install g++ (Debian: apt-get install g++)"
+    )
     yield Finding("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB")
     address = os.environ.get("RAY_ADDRESS")
     yield Finding("RAY_ADDRESS", address or "not set: a local Ray is started and stopped with each run")
-    yield Finding("model hub", "off (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "allowed")
+    yield Finding(
+        "model hub", "off (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "allowed"
+    )
 
 
 def diagnose() -> bool:

@@ -1,8 +1,8 @@
 """Evaluations of a run: selection prompts during training, test prompts for base, best and last only.
 
-The best checkpoint is the one with the highest `selection_key` (C2ST and coverage on selection prompts), never the one
-with the highest reward. Test responses of base and best are drawn when these policies are in place and measured at the
-end, all on the same prompts.
+The best checkpoint is the one with the highest `selection_key` (C2ST and coverage on selection prompts),
+never the one with the highest reward. Test responses of base and best are drawn when these policies are in
+place and measured at the end, all on the same prompts.
 """
 
 import asyncio
@@ -46,7 +46,9 @@ class Evaluator:
         texts = await self._draw(split, prompts, step)
         row = await self._measure(texts, await self.system.human_nll(split, prompts))
         self.curve.append((step, row))
-        write_samples(self.config.folder, step, *(texts[name].to_pylist() for name in ("prompt", "human", "model")))
+        write_samples(
+            self.config.folder, step, *(texts[name].to_pylist() for name in ("prompt", "human", "model"))
+        )
         if step == 0:
             await self._keep_test("base", step)
         if selection_key(row) > self.best_key:
@@ -63,7 +65,10 @@ class Evaluator:
         rows: dict[str, Row] = {}
         for name in ("base", "best", "last"):
             texts = pq.read_table(self._test_file(name))
-            rows[name] = {**await self._measure(texts, self.test_nll[name]), "step": self._step_of(name, step)}
+            rows[name] = {
+                **await self._measure(texts, self.test_nll[name]),
+                "step": self._step_of(name, step),
+            }
         texts = pq.read_table(self._test_file("last"))
         rows["human"] = await asyncio.to_thread(
             human_row,
@@ -124,7 +129,9 @@ class Evaluator:
         responses = await self.system.sample(split, prompts, step)
         human = first_prompts(split, prompts)
         answers: dict[str, list[str]] = {}
-        for identifier, text in zip(responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True):
+        for identifier, text in zip(
+            responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True
+        ):
             answers.setdefault(identifier, []).append(text)
         rows = [
             {"prompt_id": identifier, "prompt": prompt, "human": person, "model": text}

@@ -1,8 +1,9 @@
 """The rollout fleet: N rollout workers behind one object.
 
-Row i of a batch goes to worker i mod N, always, and results come back in order of their ids, so the same batch
-gives the same table whatever finishes first. A worker that died or broke in a weight update is replaced before the
-next batch (`replace`), and serves only after a sync: it comes up with the base weights, hence STALE.
+Row i of a batch goes to worker i mod N, always, and results come back in order of their ids, so the same
+batch gives the same table whatever finishes first. A worker that died or broke in a weight update is replaced
+before the next batch (`replace`), and serves only after a sync: it comes up with the base weights, hence
+STALE.
 """
 
 import asyncio
@@ -69,7 +70,9 @@ class RolloutFleet:
         self.info = await self._all("start", range(len(self.actors)), self.config.rollout.start_timeout_s)
 
     async def replace(self, indices: list[int]) -> None:
-        """Kill the named workers and bring fresh ones up in their place; they hold the base weights until synced."""
+        """Kill the named workers and bring fresh ones up in their place; they hold the base weights until
+        synced.
+        """
         for i in indices:
             ray.kill(self.actors[i])
             self.actors[i] = self._create(i)
@@ -80,7 +83,10 @@ class RolloutFleet:
 
     async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
         """Trajectories for all requests, sorted by trajectory_id, from workers at `min_version` or newer."""
-        shares = [requests.take(list(range(i, requests.num_rows, len(self.actors)))) for i in range(len(self.actors))]
+        shares = [
+            requests.take(list(range(i, requests.num_rows, len(self.actors))))
+            for i in range(len(self.actors))
+        ]
         busy = [i for i, share in enumerate(shares) if share.num_rows]
         tables = await self._all(
             "generate", busy, self.config.rollout.generate_timeout_s, [(shares[i], min_version) for i in busy]
@@ -88,8 +94,13 @@ class RolloutFleet:
         return _in_order(tables)
 
     async def sample(self, requests: pa.Table, sampling: dict[str, Any]) -> pa.Table:
-        """Like `generate`, with other sampling settings and whatever version the workers hold: for evaluations."""
-        shares = [requests.take(list(range(i, requests.num_rows, len(self.actors)))) for i in range(len(self.actors))]
+        """Like `generate`, with other sampling settings and whatever version the workers hold: for
+        evaluations.
+        """
+        shares = [
+            requests.take(list(range(i, requests.num_rows, len(self.actors))))
+            for i in range(len(self.actors))
+        ]
         busy = [i for i, share in enumerate(shares) if share.num_rows]
         tables = await self._all(
             "sample", busy, self.config.rollout.generate_timeout_s, [(shares[i], sampling) for i in busy]

@@ -1,7 +1,7 @@
 """Where every response is: `submitted == trained + dropped + failed + in flight`, always.
 
-Counts are in responses. `in_flight` is kept as its own set of groups, not derived from the other numbers, so that a
-lost or doubly counted group shows as a broken balance.
+Counts are in responses. `in_flight` is kept as its own set of groups, not derived from the other numbers, so
+that a lost or doubly counted group shows as a broken balance.
 """
 
 from dataclasses import dataclass, field
@@ -63,7 +63,9 @@ class Ledger:
         return totals
 
     def state(self) -> dict[str, object]:
-        """For the checkpoint. Groups in flight are asked for again after a resume: they count as never submitted."""
+        """For the checkpoint. Groups in flight are asked for again after a resume: they count as never
+        submitted.
+        """
         return {
             "submitted": self.submitted - sum(self.in_flight.values()),
             "trained": self.trained,

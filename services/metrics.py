@@ -171,12 +171,14 @@ class PhaseTimer:
     row = timer.take()                  # {"generate": 7.1} of this step, then counts from zero
 
     Phases may overlap (the discriminator trains while the policy generates), so shares can add up to more
-    than the wall time. The clock is injected: any callable that returns seconds; `entered` is told each phase as
-    it begins.
+    than the wall time. The clock is injected: any callable that returns seconds; `entered` is told each phase
+    as it begins.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, entered: Callable[[str], None] = lambda phase: None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        entered: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self._clock = clock
         self._entered = entered

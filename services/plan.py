@@ -49,7 +49,8 @@ class ResourcePlan:
     def lines(self) -> list[str]:
         """The plan as text, one role a line."""
         rows = [
-            f"{role.name:<14} {role.count} x {role.cpus:g} CPU, {role.gpus} GPU, {role.threads} thread(s)  {role.what}"
+            f"{role.name:<14} {role.count} x {role.cpus:g} CPU, {role.gpus} GPU, "
+            f"{role.threads} thread(s)  {role.what}"
             for role in self.roles
         ]
         return [*rows, f"{'total':<14} {self.cpus:g} CPU, {self.gpus} GPU"]
@@ -74,7 +75,9 @@ class ResourcePlan:
 
 
 def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> ResourcePlan:
-    """The processes `config` asks for on a cluster with `gpus` GPUs and nodes of `cores` cores (None: this one's)."""
+    """The processes `config` asks for on a cluster with `gpus` GPUs and nodes of `cores` cores (None: this
+    one's).
+    """
     cores = cores or os.cpu_count() or 1
 
     def device(choice: str) -> Device:
@@ -89,28 +92,54 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
     }
     if devices["rollout"] != devices["learner"]:
         raise ConfigError(
-            f"rollout.device is {devices['rollout']} and learner.device {devices['learner']}: weights travel by gloo "
-            "between CPUs or by NCCL between GPUs, so both must be on the same kind of device"
+            f"rollout.device is {devices['rollout']} and learner.device {devices['learner']}: "
+            "weights travel by gloo between CPUs or by NCCL between GPUs, so both must be on the same kind of device"
         )
     rollout, learner, disc = config.rollout, config.learner, config.discriminator
     scoring = disc.scoring
 
-    def threads(setting: int | None, count: int) -> int:
-        return setting or max(1, cores // count)
-
-    def on_gpu(role: str, number: int = 1) -> int:
-        return number if devices[role] == "cuda" else 0
+    def role(
+        name: str, what: str, count: int, cpus: float, threads: int | None, field: str, gpus: int = 1
+    ) -> Role:
+        device = devices["discriminator" if name == "scoring" else name]
+        settled = threads or max(1, cores // count)
+        return Role(name, what, count, cpus, gpus if device == "cuda" else 0, settled, field)
 
     roles = (
-        Role("rollout", f"vLLM worker, {config.policy.model}", rollout.workers, rollout.cpus_per_worker,
-             on_gpu("rollout", rollout.tensor_parallel), threads(rollout.threads, rollout.workers), "rollout.workers"),
-        Role("learner", f"policy, DeepSpeed ZeRO-{learner.zero_stage}", learner.ranks, learner.cpus_per_rank,
-             on_gpu("learner"), threads(learner.threads, learner.ranks), "learner.ranks"),
-        Role("discriminator", f"trainer, DeepSpeed ZeRO-{disc.zero_stage}", disc.ranks, disc.cpus_per_rank,
-             on_gpu("discriminator"), threads(disc.threads, disc.ranks), "discriminator.ranks"),
-        Role("scoring", "Ray Serve replica", scoring.replicas, scoring.cpus,
-             on_gpu("discriminator"), threads(disc.threads, scoring.replicas), "discriminator.scoring.replicas"),
-    )  # fmt: skip
+        role(
+            "rollout",
+            f"vLLM worker, {config.policy.model}",
+            rollout.workers,
+            rollout.cpus_per_worker,
+            rollout.threads,
+            "rollout.workers",
+            rollout.tensor_parallel,
+        ),
+        role(
+            "learner",
+            f"policy, DeepSpeed ZeRO-{learner.zero_stage}",
+            learner.ranks,
+            learner.cpus_per_rank,
+            learner.threads,
+            "learner.ranks",
+        ),
+        role(
+            "discriminator",
+            f"trainer, DeepSpeed ZeRO-{disc.zero_stage}",
+            disc.ranks,
+            disc.cpus_per_rank,
+            disc.threads,
+            "discriminator.ranks",
+        ),
+        role(
+            "scoring",
+            "Ray Serve replica",
+            scoring.replicas,
+            scoring.cpus,
+            scoring.threads,
+            "discriminator.scoring.replicas",
+        ),
+    )
     return ResourcePlan(roles, devices)
 
 

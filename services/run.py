@@ -1,4 +1,6 @@
-"""`rlgaf train`: check everything that can be checked, start the processes, train, report, leave nothing behind."""
+"""`rlgaf train`: check everything that can be checked, start the processes, train, report, leave nothing
+behind.
+"""
 
 import asyncio
 import logging
@@ -73,7 +75,8 @@ def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
         )
     if not resume and config.folder.exists() and any(config.folder.iterdir()):
         raise ConfigError(
-            f"{config.folder} exists already; nothing was overwritten. Use --resume to go on with it, or another run.name"
+            f"{config.folder} exists already; nothing was overwritten. "
+            "Use --resume to go on with it, or another run.name"
         )
     return checkpoints
 
@@ -85,7 +88,10 @@ def _check_data(config: Config, splits: DataSplits) -> None:
     )
     for name in ("heldout", "selection", "test"):
         require_at_least(
-            getattr(splits, name), 8, f"{name} split", f"give more demonstrations or raise data.{name}_fraction"
+            getattr(splits, name),
+            8,
+            f"{name} split",
+            f"give more demonstrations or raise data.{name}_fraction",
         )
 
 
@@ -95,7 +101,9 @@ def _skipped(reasons: dict[str, int]) -> str:
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
-    """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs and GPUs."""
+    """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs
+    and GPUs.
+    """
     import ray
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -173,7 +181,9 @@ class _Run:
             traceback.print_exc()
             steps = self.checkpoints.steps()
             self.console.print(
-                f"the run failed; --resume goes on from step {steps[-1]}" if steps else "the run failed before a checkpoint"
+                f"the run failed; --resume goes on from step {steps[-1]}"
+                if steps
+                else "the run failed before a checkpoint"
             )
             await self.system.abort()
             return FAILED
@@ -228,11 +238,13 @@ class _Run:
         with self.controller.timer("evaluate"):
             row, samples = await self.evaluator.selection(step)
         self.display.note(
-            f"step {step}: C2ST {row['c2st']:.3f} [{row['c2st_low']:.3f}, {row['c2st_high']:.3f}]  NLL {row['nll']:.3f}"
-            f"  distinct-2 {row['distinct_2']:.3f}  coverage {row['coverage']:.3f}"
+            f"step {step}: C2ST {row['c2st']:.3f} [{row['c2st_low']:.3f}, {row['c2st_high']:.3f}]  "
+            f"NLL {row['nll']:.3f}  distinct-2 {row['distinct_2']:.3f}  coverage {row['coverage']:.3f}"
         )
         for sample in samples:
-            self.display.note(f"    {sample['prompt']!r}  human: {sample['human']!r}  model: {sample['model']!r}")
+            self.display.note(
+                f"    {sample['prompt']!r}  human: {sample['human']!r}  model: {sample['model']!r}"
+            )
 
     def observe(self, step: int, values: dict[str, Any]) -> None:
         """Record one step's metrics, raise alarms, show progress."""
@@ -289,7 +301,16 @@ class _Run:
         }
         write_summary(folder, evaluation, phases, self.alarms.raised, facts)
         write_report(
-            folder, f"rlgaf run {config.run.name}", evaluation, phases, self.alarms.raised, self.evaluator.curve, samples, wall
+            folder,
+            f"rlgaf run {config.run.name}",
+            evaluation,
+            phases,
+            self.alarms.raised,
+            self.evaluator.curve,
+            samples,
+            wall,
         )
         print_report(self.console, evaluation, phases, self.alarms.raised, samples, wall)
-        self.console.print(f"everything is in {folder}: report.md, summary.json, metrics.jsonl, samples/, best/, last/")
+        self.console.print(
+            f"everything is in {folder}: report.md, summary.json, metrics.jsonl, samples/, best/, last/"
+        )

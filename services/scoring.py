@@ -1,8 +1,8 @@
 """The scoring service: a Ray Serve deployment that scores prompt groups with a named discriminator version.
 
-Invariant: a request names its `disc_version`, all responses of a group are in one request, and the replica either
-answers with exactly that version or fails; it fetches versions it lacks from the version store and keeps two.
-Requests that arrive together are scored in one forward pass.
+Invariant: a request names its `disc_version`, all responses of a group are in one request, and the replica
+either answers with exactly that version or fails; it fetches versions it lacks from the version store and
+keeps two. Requests that arrive together are scored in one forward pass.
 
 Inside the cluster: `await handle.score.remote(version, prompt_text, responses)`.
 Outside, when asked for: `POST /v1/score` with a bearer token.
@@ -108,7 +108,9 @@ class HttpScoringReplica(_Replica):
     """The same with `POST /v1/score` in front, guarded by a bearer token."""
 
     @HTTP.post("/v1/score")
-    async def http_score(self, request: ScoreRequest, authorization: str = Header(default="")) -> ScoreResponse:
+    async def http_score(
+        self, request: ScoreRequest, authorization: str = Header(default="")
+    ) -> ScoreResponse:
         """Score responses to one prompt."""
         if not hmac.compare_digest(authorization.encode(), f"Bearer {self.token}".encode()):
             raise HTTPException(status_code=401, detail="missing or wrong bearer token")
@@ -116,7 +118,9 @@ class HttpScoringReplica(_Replica):
         if version is None:
             version = await self.store.newest.remote()
         try:
-            scored = await self.score(version, request.prompt, [(text, request.complete) for text in request.responses])
+            scored = await self.score(
+                version, request.prompt, [(text, request.complete) for text in request.responses]
+            )
         except UnknownVersion as error:
             raise HTTPException(status_code=404, detail=f"discriminator version {version}: {error}") from None
         return ScoreResponse(disc_version=version, scores=[float(item["scores"][-1]) for item in scored])

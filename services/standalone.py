@@ -34,7 +34,9 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
     requests = evaluation_requests(human, renderer.encode, 1, 0, settings.seed)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     responses = asyncio.run(_sample(config, requests, sampling))
-    answers = dict(zip(responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True))
+    answers = dict(
+        zip(responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True)
+    )
     identifiers, texts = human["prompt_id"].to_pylist(), human["response"].to_pylist()
     nll = _human_nll(config, renderer, human)
     embed = make_embedder(settings.embedding_model, config.policy.model, threads=settings.embedding_threads)
@@ -43,7 +45,9 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
     floor = human_row(identifiers, texts, train, nll, settings, embed)
     Console().print(closing_table({"last": row, "human": floor}))
     if json_out is not None:
-        json_out.write_text(json.dumps({"model": config.policy.model, "evaluation": row, "human": floor}, indent=2))
+        json_out.write_text(
+            json.dumps({"model": config.policy.model, "evaluation": row, "human": floor}, indent=2)
+        )
 
 
 def generate_answers(config: Config, prompts: list[str], file: Path | None) -> None:
@@ -58,7 +62,9 @@ def generate_answers(config: Config, prompts: list[str], file: Path | None) -> N
     requests = evaluation_requests(table, renderer.encode, 1, 0, config.evaluation.seed)
     sampling = {"temperature": config.evaluation.temperature, "top_p": config.evaluation.top_p}
     answers = {row["prompt_id"]: row for row in asyncio.run(_sample(config, requests, sampling)).to_pylist()}
-    for identifier, text in zip(table["prompt_id"].to_pylist(), table["prompt_text"].to_pylist(), strict=True):
+    for identifier, text in zip(
+        table["prompt_id"].to_pylist(), table["prompt_text"].to_pylist(), strict=True
+    ):
         row = answers[identifier]
         answer = {"prompt": text, "response": row["response_text"], "finish_reason": row["finish_reason"]}
         print(json.dumps(answer, ensure_ascii=False))
@@ -96,10 +102,11 @@ async def _sample(config: Config, requests: pa.Table, sampling: dict[str, Any]) 
 
 
 def _human_nll(config: Config, renderer: Renderer, human: pa.Table) -> float:
-    """Mean negative log-likelihood of the human answers, nats per token, with plain transformers and packed prompts."""
+    """Mean negative log-likelihood of the human answers, nats per token, with plain transformers and packed
+    prompts.
+    """
     from learner.policy import mean_nll
     from services.answers import human_answers
 
     table = human_answers(human, renderer, config.sampling.max_tokens)
     return mean_nll(config.policy, config.learner, table, temperature=config.sampling.temperature)
-

@@ -1,8 +1,8 @@
 """All processes of a run behind the words the controller uses: generate, score, learn, sync, discriminate.
 
-Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies or breaks in a sync is
-replaced, synced and asked again, at most `rollout.max_replacements` times a run. Anything else that dies ends the run
-with its own error; the run resumes from its last checkpoint.
+Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies or breaks in a
+sync is replaced, synced and asked again, at most `rollout.max_replacements` times a run. Anything else that
+dies ends the run with its own error; the run resumes from its last checkpoint.
 """
 
 import asyncio
@@ -62,9 +62,14 @@ class System:
         self.fleet = RolloutFleet(config, self.plan)
         self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
         self.versions = ray.remote(VersionStore).options(num_cpus=0).remote()
-        self.learner = TrainerGroup("learner", LearnerRank, self._learner_config(), self._group_plan("learner"))
+        self.learner = TrainerGroup(
+            "learner", LearnerRank, self._learner_config(), self._group_plan("learner")
+        )
         self.discriminator = TrainerGroup(
-            "discriminator", DiscriminatorRank, self._discriminator_config(), self._group_plan("discriminator")
+            "discriminator",
+            DiscriminatorRank,
+            self._discriminator_config(),
+            self._group_plan("discriminator"),
         )
 
         async def up(what: str, starting: Any) -> Any:
@@ -158,11 +163,14 @@ class System:
     async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
         """Trajectories for the requests; a worker that dies is replaced and the batch asked for again.
 
-        Seeds are kept in exact mode only: with them vLLM draws every sequence's token by itself, which is slower.
+        Seeds are kept in exact mode only: with them vLLM draws every sequence's token by itself, which is
+        slower.
         """
         if not self.config.run.exact:
             unseeded = pa.nulls(requests.num_rows, pa.int64())
-            requests = requests.set_column(requests.column_names.index("seed"), requests.schema.field("seed"), unseeded)
+            requests = requests.set_column(
+                requests.column_names.index("seed"), requests.schema.field("seed"), unseeded
+            )
         while True:
             try:
                 return await self.fleet.generate(requests, min_version)
@@ -179,7 +187,9 @@ class System:
         timeout = self.config.discriminator.scoring.timeout_s
 
         async def one(rows: list[int]) -> list[dict[str, Any]]:
-            call = self.scorer.score.remote(version, prompts[rows[0]], [(texts[i], complete[i]) for i in rows])
+            call = self.scorer.score.remote(
+                version, prompts[rows[0]], [(texts[i], complete[i]) for i in rows]
+            )
             return await asyncio.wait_for(_answer(call), timeout)
 
         answers = await asyncio.gather(*(one(rows) for rows in groups.values()))
@@ -195,7 +205,9 @@ class System:
         return await self.learner.call("train_step", timeout_s=timeout, table=ray.put(scored), step=step)
 
     async def sync(self, version: int) -> dict[str, float]:
-        """Broadcast the policy as `version` to every rollout worker; returns timings of sender and slowest worker."""
+        """Broadcast the policy as `version` to every rollout worker; returns timings of sender and slowest
+        worker.
+        """
         async with self._mending:
             self.policy_version = version
             return await self._sync()
@@ -247,9 +259,15 @@ class System:
         """Evaluation responses for up to `prompts` prompts of a split, as trajectories."""
         settings = self.config.evaluation
         requests = evaluation_requests(
-            first_prompts(split, prompts), self.renderer.encode, settings.samples_per_prompt, step, settings.seed
+            first_prompts(split, prompts),
+            self.renderer.encode,
+            settings.samples_per_prompt,
+            step,
+            settings.seed,
         )
-        return await self.fleet.sample(requests, {"temperature": settings.temperature, "top_p": settings.top_p})
+        return await self.fleet.sample(
+            requests, {"temperature": settings.temperature, "top_p": settings.top_p}
+        )
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
@@ -272,7 +290,9 @@ class System:
         return {"policy_version": self.policy_version, "disc_version": self.disc_version}
 
     async def load(self, folder: Path, state: dict[str, Any]) -> None:
-        """Continue from `save`: the learner's weights go out to the workers, the discriminator's to the store."""
+        """Continue from `save`: the learner's weights go out to the workers, the discriminator's to the
+        store.
+        """
         timeout = self.config.learner.step_timeout_s
         self.policy_version, self.disc_version = state["policy_version"], state["disc_version"]
         await asyncio.gather(
@@ -333,7 +353,9 @@ async def _answer(ref: Any) -> Any:
 
 
 def first_prompts(split: pa.Table, prompts: int) -> pa.Table:
-    """Rows of the first `prompts` prompts of a split by prompt id (a hash, hence an arbitrary but fixed choice)."""
+    """Rows of the first `prompts` prompts of a split by prompt id (a hash, hence an arbitrary but fixed
+    choice).
+    """
     ordered = split.sort_by("prompt_id")
     wanted: dict[str, None] = {}
     keep = []

@@ -40,7 +40,9 @@ def build_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: i
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token="<|pad|>", model_max_length=256)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token="<|pad|>", model_max_length=256
+    )
     fast.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(

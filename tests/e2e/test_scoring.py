@@ -1,4 +1,6 @@
-"""The scoring service on real Ray Serve: two replicas, named versions, identical scores, HTTP with a bearer token."""
+"""The scoring service on real Ray Serve: two replicas, named versions, identical scores, HTTP with a bearer
+token.
+"""
 
 import json
 import time
@@ -32,12 +34,16 @@ def state_of(config: DiscriminatorConfig, model: str, shift: float) -> dict[str,
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
-                parameter.add_(shift * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(
+                    shift * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: None, tiny_model: Path) -> Iterator[tuple[Any, Any, DiscriminatorConfig, dict[int, Any]]]:
+def service(
+    ray_cluster: None, tiny_model: Path
+) -> Iterator[tuple[Any, Any, DiscriminatorConfig, dict[int, Any]]]:
     scoring = ScoringConfig(replicas=2, http=True, http_port=PORT, http_token="RLGAF_TEST_TOKEN", cpus=0.5)
     config = DiscriminatorConfig(scoring=scoring, device="cpu")
     states = {version: state_of(config, str(tiny_model), 0.02 * version) for version in (0, 1, 2)}
@@ -51,13 +57,17 @@ def service(ray_cluster: None, tiny_model: Path) -> Iterator[tuple[Any, Any, Dis
     serve.shutdown()
 
 
-def local_scores(config: DiscriminatorConfig, model: Path, states: dict[int, Any], version: int) -> list[np.ndarray]:
+def local_scores(
+    config: DiscriminatorConfig, model: Path, states: dict[int, Any], version: int
+) -> list[np.ndarray]:
     scorer = Scorer(config, str(model), model_dtype="float32")
     scorer.ensure(version, lambda v: (state_checksum(states[v]), states[v]))
     return [item.scores for item in scorer.score(version, ["say cat: "], [GROUP])[0]]
 
 
-def test_every_replica_answers_with_the_named_version_and_the_same_scores(service: Any, tiny_model: Path) -> None:
+def test_every_replica_answers_with_the_named_version_and_the_same_scores(
+    service: Any, tiny_model: Path
+) -> None:
     handle, _, config, states = service
     for version in (0, 1):
         expected = local_scores(config, tiny_model, states, version)
