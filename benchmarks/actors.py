@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ class RayLoop:
         actor = ray.remote(RolloutWorker).options(
             num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workload.threads)}}
         )
-        self.worker = actor.remote(0, **arguments)
+        self.worker: Any = actor.remote(0, **arguments)
         started = self.worker.start.remote()
         self.rank = LearnerRank(
             rank=0,

@@ -1,10 +1,10 @@
-"""One contender in a process of its own, driven turn by turn, so that contenders alternate and share nothing.
+"""One contender in a process of its own, driven turn by turn: contenders alternate and share nothing.
 
-Protocol, one JSON object a line. The parent writes {"turn": n} or {"end": true} to stdin; the child answers on
-the file descriptor it was given: {"ready": true} once built, {"seconds": ..., ...} after a turn, and
-{"peak_mib": {...}} at the end. Everything that libraries print goes to the log file.
+Protocol, one JSON object a line. The parent writes {"turn": n} or {"end": true} to stdin; the child answers
+on the file descriptor it was given: {"ready": true} once built, {"seconds": ..., "cpu_s": ...} and more after
+a turn, and {"peak_mib": {...}} at the end. Everything that libraries print goes to the log file.
 
-    python -m benchmarks.contender learner:Ours WORKLOAD.json REPLY_FD
+    python -m benchmarks.contender learning:Ours WORKLOAD.json REPLY_FD
 """
 
 import json
@@ -109,7 +109,7 @@ class Timer:
 def main() -> None:
     kind, path, descriptor = sys.argv[1:]
     module, _, name = kind.partition(":")
-    from benchmarks.memory import peak_mib
+    from benchmarks.processes import cpu_seconds, peak_mib
 
     with os.fdopen(int(descriptor), "w") as replies:
 
@@ -121,7 +121,9 @@ def main() -> None:
         competitor: Competitor = getattr(import_module(f"benchmarks.{module}"), name)(workload)
         reply({"ready": True})
         for number in turns():
-            reply(competitor.turn(number))
+            before = cpu_seconds()
+            result = competitor.turn(number)
+            reply(result | {"cpu_s": cpu_seconds() - before})
         peaks = peak_mib(name.lower())
         competitor.close()
         reply({"peak_mib": peaks})

@@ -1,4 +1,5 @@
-"""The whole system: `rlgaf train` for a few steps, read off its metrics. Scoring, discriminator and reference included.
+"""The whole system: `rlgaf train` for a few steps, scoring, discriminator and reference included,
+read off its metrics.
 
 Responses end where the model ends them, so a step has at most as many tokens as the other contenders' steps.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.memory import peak_mib
+from benchmarks.processes import peak_mib
 from benchmarks.workload import Workload
 
 PHASES = ("generate", "score", "learn", "sync", "discriminate")
@@ -58,7 +59,7 @@ def run_full_steps(workload: Workload, repeats: int, data: dict[str, Any], log: 
         | {"new_tokens": later["policy/tokens_response"]}
         for earlier, later in pairwise(rows)
     ]
-    return {"seconds": [row["seconds"] for row in details], "details": details, "peak_mib": peaks}
+    return {"details": details, "peak_mib": peaks}
 
 
 def _fields(workload: Workload, repeats: int, data: dict[str, Any], folder: Path) -> dict[str, Any]:

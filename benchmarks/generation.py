@@ -1,7 +1,8 @@
 """Generation: rlgaf's rollout worker against vLLM alone, same engine settings, prompts and seeds.
 
-Both vLLM forms get one request with n samples per prompt and do not detokenise; the worker queues each sample by
-itself and delivers texts, token ends and an Arrow table besides. Prefix caches are emptied before every turn.
+Both vLLM forms get one request with n samples per prompt and do not detokenise; the worker queues each
+sample by itself and delivers texts, token ends and an Arrow table besides. Prefix caches are emptied before
+every turn.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
 """Learning: `PolicyLearner.train_step` against bare PyTorch loops on the same samples.
 
-`Padded` is what one writes without packing, and not the slowest form of it: prompts padded on the left and responses on the right, logits of
-response tokens only, micro-batches of the learner's token budget. `Packed` runs the learner's own packed arrays, masks made beforehand. Both
-use REINFORCE, clipping and PyTorch's fused AdamW, as the learner does (kl_coef = 0).
+`Padded` is what one writes without packing, and not the slowest form of it: prompts padded on the left,
+logits of response tokens only, micro-batches of the learner's token budget. `Packed` runs the learner's own
+packed arrays with masks made beforehand. Both use REINFORCE, clipping and PyTorch's fused AdamW, as the
+learner does with kl_coef = 0.
 """
 
 from typing import Any

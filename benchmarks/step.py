@@ -3,8 +3,8 @@
     python -m benchmarks.step --model assets/smollm2 --threads 2 --dtype float32
 
 Contenders run in processes of their own and take turns (A, B, A, B, ...), so a change of the machine's load
-falls on both. Ratios are taken turn by turn; minimum, median and maximum are shown. Results: JSON and a markdown
-table.
+falls on both. Ratios are taken turn by turn; minimum, median and maximum are shown, of wall time and, as a
+check on a busy machine, of processor time. Results: JSON and a markdown table.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.contender import Contender
 from benchmarks.full_step import run_full_steps
+from benchmarks.report import markdown
 from benchmarks.workload import (
     Workload,
     choose_prompts,
@@ -35,11 +36,13 @@ SYNTHETIC_DEMONSTRATIONS = 240
 
 @dataclass(frozen=True)
 class Ratio:
-    """`better` seconds of one contender over ours: above 1 we are faster."""
+    """Seconds of another contender over ours: above 1 we are faster."""
 
     label: str
     against: str
-    aim: float | None
+    aim: float
+    processor: bool = True
+    """Whether processor time compares the same work too."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ PARTS = {
     "c": Part(
         "sync",
         {"ours": "syncing:Ours", "raw": "syncing:Raw"},
-        (Ratio("wire speed against a raw gloo broadcast", "raw", 0.5),),
+        (Ratio("wire speed against a raw gloo broadcast", "raw", 0.5, processor=False),),
     ),
     "d": Part(
         "step without discriminator",
@@ -192,22 +195,24 @@ def _run_part(part: Part, workload: Path, out: Path, options: argparse.Namespace
             if turn:
                 details[contender.name].append(answer)
     peaks = {c.name: c.end() for c in contenders}
-    seconds = {name: [row["seconds"] for row in rows] for name, rows in details.items()}
     return {
         "title": part.title,
-        "contenders": {
-            name: {"seconds": seconds[name], "details": rows, "peak_mib": peaks[name]}
-            for name, rows in details.items()
-        },
+        "contenders": {name: {"details": rows, "peak_mib": peaks[name]} for name, rows in details.items()},
         "ratios": [
             {
-                "label": r.label,
-                "aim": r.aim,
-                "values": [b / a for a, b in zip(seconds["ours"], seconds[r.against], strict=True)],
+                "label": ratio.label,
+                "aim": ratio.aim,
+                "wall": _ratios(details, ratio.against, "seconds"),
+                "processor": _ratios(details, ratio.against, "cpu_s") if ratio.processor else None,
             }
-            for r in part.ratios
+            for ratio in part.ratios
         ],
     }
+
+
+def _ratios(details: dict[str, list[dict[str, Any]]], against: str, what: str) -> list[float]:
+    pairs = zip(details[against], details["ours"], strict=True)
+    return [theirs[what] / ours[what] for theirs, ours in pairs]
 
 
 def _full(workload: Workload, repeats: int, data: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -242,46 +247,6 @@ def _machine() -> dict[str, Any]:
         "load_before": os.getloadavg(),
         **packages,
     }
-
-
-def _spread(values: list[float], digits: int = 2) -> str:
-    return " / ".join(f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The results as markdown tables: ratios, seconds with their parts, peak memory."""
-    work, machine = results["workload"], results["machine"]
-    lines = [
-        f"{work['model']}, {work['dtype']}, {work['threads']} threads: {work['samples']} samples of "
-        f"{work['response_tokens']} tokens, groups of {work['group_size']}, prompts of {work['prompt_tokens_mean']:.0f} "
-        f"tokens. {machine['cores']} cores, load {machine['load_before'][0]:.1f} before and "
-        f"{machine.get('load_after', machine['load_before'])[0]:.1f} after.",
-        "",
-        "| ratio (min / median / max) | measured | aim |",
-        "|---|---|---|",
-    ]
-    for part in results["parts"].values():
-        for ratio in part["ratios"]:
-            aim = f"≥ {ratio['aim']:g}" if ratio["aim"] else ""
-            lines.append(f"| {part['title']}: {ratio['label']} | {_spread(ratio['values'])} | {aim} |")
-    lines += [
-        "",
-        "| seconds (min / median / max) | total | parts (median) | peak memory, MiB |",
-        "|---|---|---|---|",
-    ]
-    for part in results["parts"].values():
-        for name, entry in part["contenders"].items():
-            lines.append(
-                f"| {part['title']}: {name} | {_spread(entry['seconds'], 3)} | {_parts(entry['details'])} "
-                f"| {', '.join(f'{key} {value:.0f}' for key, value in entry['peak_mib'].items())} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _parts(details: list[dict[str, Any]]) -> str:
-    names = [name for name in details[0] if name != "seconds"]
-    values = {name: statistics.median(row[name] for row in details) for name in names}
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 if __name__ == "__main__":

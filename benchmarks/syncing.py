@@ -1,4 +1,4 @@
-"""Weight sync: rlgaf's sync of a learner with one rollout worker against a raw gloo broadcast of as many bytes."""
+"""Weight sync: learner to one rollout worker, against a raw gloo broadcast of as many bytes."""
 
 import os
 from typing import Any

@@ -9,7 +9,7 @@ from rollout.trajectory import REQUEST_SCHEMA, group_id, trajectory_id
 
 
 def seed_of(turn: int, index: int, workload: Workload) -> int:
-    """Seed of a prompt's first response; vLLM's own n-sample requests count up from it as rlgaf's workers do."""
+    """Seed of a prompt's first response; n-sample requests of vLLM count up from it as the worker does."""
     return (turn * len(workload.prompts) + index) * workload.group_size
 
 

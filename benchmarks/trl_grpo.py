@@ -1,7 +1,7 @@
-"""TRL's GRPOTrainer with a constant reward, as fast as it runs on a CPU: transformers generation (its vLLM mode
-wants a CUDA device), no reference model, no gradient checkpointing, one generation and one update per step.
+"""TRL's GRPOTrainer with a constant reward, as fast as it runs on a CPU: transformers generation, no
+reference model, no gradient checkpointing, one generation and one update per step.
 
-The trainer's loop cannot be called step by step, so it runs in a thread of its own and waits before each step.
+The trainer's loop cannot be called step by step: it runs in a thread of its own and waits before each step.
 """
 
 import queue

@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import Any
 
 WORDS = (
-    "a the of and in with for from library program server client user file network small fast simple text data "
-    "tool system that this provides reads writes image audio window command line format package support many "
-    "other language code build test time can be used to it is an on by as version kernel driver device"
-).split()
+    *("a", "the", "of", "and", "in", "with", "for", "from", "library", "program", "server", "client", "user"),
+    *("file", "network", "small", "fast", "simple", "text", "data", "tool", "system", "that", "provides"),
+    *(
+        "reads",
+        "writes",
+        "image",
+        "window",
+        "command",
+        "line",
+        "format",
+        "package",
+        "support",
+        "many",
+        "other",
+    ),
+    *("language", "code", "build", "test", "time", "can", "be", "used", "to", "it", "is", "an", "version"),
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from learner.weight_sender import WeightSender
 from learner.weight_source import MIB, ModuleWeights
 from rollout.config import PolicyConfig, RolloutConfig
 from rollout.engine import transfer_backend
+from rollout.templates import end_of_response_id, load_tokenizer
 
 
 class LearnerRank:
@@ -116,15 +117,16 @@ class LearnerRank:
         self.learner.load(Path(folder))
 
     def export(self, folder: str) -> None:
-        """Write the policy as a plain Hugging Face folder, tokenizer included."""
+        """Write the policy as a plain Hugging Face folder with its tokenizer; `generate` stops where training did."""
         self.learner.export(Path(folder))
         if self.rank == 0:
-            from transformers import AutoTokenizer
+            from transformers import GenerationConfig
 
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.policy.model, trust_remote_code=self.policy.trust_remote_code
-            )
+            tokenizer = load_tokenizer(self.policy)
             tokenizer.save_pretrained(folder)
+            generation = GenerationConfig.from_pretrained(folder)
+            generation.eos_token_id = end_of_response_id(tokenizer, self.policy)
+            generation.save_pretrained(folder)
 
     def memory(self) -> dict[str, float]:
         """Resident (and CUDA) memory of this rank in MiB."""

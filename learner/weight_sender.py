@@ -184,7 +184,7 @@ class CheckedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
         assert isinstance(client, WorkerClient)
         device = torch.cuda.current_device()
 
-        def join() -> Self:
+        def join() -> Any:
             torch.cuda.set_device(device)  # the current device belongs to the thread
             return super(CheckedNCCLTrainerWeightTransferEngine, cls).trainer_init(
                 init_info, client=client, source=source
@@ -198,7 +198,8 @@ class CheckedNCCLTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):
         if not attempt.done():
             reasons = "; ".join(f"rollout worker {i}: {why}" for i, why in sorted(client.failures.items()))
             raise WeightSyncError(f"the NCCL group did not come together: {reasons}")
-        return attempt.result()
+        engine: Self = attempt.result()
+        return engine
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
         assert isinstance(source, ModuleWeights)

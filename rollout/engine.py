@@ -43,7 +43,7 @@ def check_vllm_version() -> str:
 
 def engine_environment(rollout: RolloutConfig, device: Device, threads: int) -> dict[str, str]:
     """Environment variables that must be set before vLLM is imported in the worker process."""
-    common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if device == "cuda":
         return common
     return common | {

@@ -92,13 +92,13 @@ def evaluate(
     demonstrations: Annotated[Path, typer.Argument(help="Demonstrations to compare it with")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON")] = None,
     base: Annotated[
-        Path | None, typer.Option("--config", help="TOML file to take the other settings from")
+        Path | None,
+        typer.Option("--config", help="TOML file for the other settings (a run's model: its own)"),
     ] = None,
 ) -> None:
     """Compare a model's answers with human ones: C2ST, NLL, ROUGE-L, chrF, diversity, length, copy rate."""
-    settings = load(
-        base, [*context.args, f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
-    )
+    given = [f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
+    settings = load(base or _config_of_run(model), [*context.args, *given])
     from services.standalone import evaluate_model
 
     evaluate_model(settings, json_out)
@@ -111,13 +111,15 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; may be given several times")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL or Parquet file of prompts")] = None,
     base: Annotated[
-        Path | None, typer.Option("--config", help="TOML file to take the other settings from")
+        Path | None,
+        typer.Option("--config", help="TOML file for the other settings (a run's model: its own)"),
     ] = None,
 ) -> None:
     """Print the model's answers as JSON lines."""
     if not prompt and prompts is None:
         raise ConfigError("nothing to answer: give --prompt TEXT or --prompts FILE")
-    settings = load(base, [*context.args, f"--policy.model={model}", "--data.demonstrations=-"])
+    given = [f"--policy.model={model}", "--data.demonstrations=-"]
+    settings = load(base or _config_of_run(model), [*context.args, *given])
     from services.standalone import generate_answers
 
     generate_answers(settings, prompt or [], prompts)
@@ -133,6 +135,12 @@ def export(
     from services.export import export_model
 
     typer.echo(export_model(run, out, which))
+
+
+def _config_of_run(model: str) -> Path | None:
+    """The configuration of the run that a model folder belongs to: it knows prompt format and end token."""
+    config = Path(model).absolute().parent / "config.toml"
+    return config if config.is_file() else None
 
 
 def main() -> None:

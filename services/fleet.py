@@ -39,7 +39,6 @@ class RolloutFleet:
         config = self.config
         environment = {
             "OMP_NUM_THREADS": str(self.role.threads),
-            "VLLM_LOGGING_LEVEL": "ERROR",
             "TOKENIZERS_PARALLELISM": "false",
         }
         actor = ray.remote(RolloutWorker).options(

@@ -93,7 +93,7 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
     if devices["rollout"] != devices["learner"]:
         raise ConfigError(
             f"rollout.device is {devices['rollout']} and learner.device {devices['learner']}: "
-            "weights travel by gloo between CPUs or by NCCL between GPUs, so both must be on the same kind of device"
+            "weights travel by gloo between CPUs or by NCCL between GPUs, so both need the same kind"
         )
     rollout, learner, disc = config.rollout, config.learner, config.discriminator
     scoring = disc.scoring

@@ -82,7 +82,6 @@ def _renderer(config: Config) -> Renderer:
 
 async def _sample(config: Config, requests: pa.Table, sampling: dict[str, Any]) -> pa.Table:
     plan = resource_plan(config, gpus=local_gpus())
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     worker = RolloutWorker(
         0,
         config.rollout,

@@ -104,20 +104,19 @@ class Rank:
 
     def interfere(self, what: str, target: Any) -> None:
         """Make passes over the weights go wrong: `corrupt` a named tensor, or `kill` a process midway."""
-        original = type(self.source).__iter__
+        original = type(self.source)
 
-        class Interfering(type(self.source)):  # type: ignore[misc]
-            def __iter__(self) -> Iterator[tuple[str, Any]]:
-                for index, (name, tensor) in enumerate(original(self)):
-                    if what == "corrupt" and name == target:
-                        tensor = tensor.clone()
-                        tensor.view(-1)[-1] += 1e-3
-                    if what == "kill" and index == 10:
-                        os.kill(target, signal.SIGKILL)
-                        time.sleep(1.0)
-                    yield name, tensor
+        def interfering(source: Any) -> Iterator[tuple[str, Any]]:
+            for index, (name, tensor) in enumerate(original.__iter__(source)):
+                if what == "corrupt" and name == target:
+                    tensor = tensor.clone()
+                    tensor.view(-1)[-1] += 1e-3
+                if what == "kill" and index == 10:
+                    os.kill(target, signal.SIGKILL)
+                    time.sleep(1.0)
+                yield name, tensor
 
-        self.source.__class__ = Interfering
+        self.source.__class__ = type("Interfering", (original,), {"__iter__": interfering})
 
     def export(self, folder: str, dtype: str) -> None:
         """Write the whole weights as an HF folder (rank 0), not by the code under test."""

@@ -1,4 +1,7 @@
-"""Peak memory of a process and of everything that it started, from the kernel's high-water marks."""
+"""Peak memory and processor time of a process and of everything that it started.
+
+Memory is the kernel's high-water mark (`VmHWM`), so nothing has to watch the process while it works.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ RAY_SERVICES = ("gcs_server", "raylet", "dashboard", "monitor", "agent", "log_mo
 
 
 def peak_mib(name: str, pid: int | None = None) -> dict[str, float]:
-    """Peak resident memory in MiB, by process: process `pid` (this one) as `name`, descendants by their titles.
+    """Peak resident memory in MiB, by process: `pid` (None: this one) as `name`, descendants by title.
 
     Processes below SMALLEST_MIB are left out and Ray's own ones added up as `ray services`.
     """
@@ -28,6 +31,19 @@ def peak_mib(name: str, pid: int | None = None) -> dict[str, float]:
                 title += "'"
             peaks[title] = size
     return {key: round(value, 1) for key, value in peaks.items()}
+
+
+def cpu_seconds() -> float:
+    """Processor seconds, user and system, of this process and its living descendants."""
+    own = psutil.Process()
+    total = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
 
 
 def _title(process: psutil.Process) -> str:
