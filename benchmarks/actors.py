@@ -21,6 +21,9 @@ from rollout.worker import RolloutWorker
 class RayLoop:
     """One rollout worker as an actor, one learner rank in this process, connected."""
 
+    worker: Any
+    """Handle of the rollout worker's actor."""
+
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.folder = tempfile.mkdtemp(prefix="rlgaf-bench-")
@@ -37,7 +40,7 @@ class RayLoop:
         actor = ray.remote(RolloutWorker).options(
             num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workload.threads)}}
         )
-        self.worker: Any = actor.remote(0, **arguments)
+        self.worker = actor.remote(0, **arguments)
         started = self.worker.start.remote()
         self.rank = LearnerRank(
             rank=0,

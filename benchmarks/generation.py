@@ -151,7 +151,7 @@ class BareOffline:
         from vllm.inputs import tokens_input
 
         self.llm.reset_prefix_cache()
-        prompts = [tokens_input(ids) for ids in self.workload.prompt_ids]
+        prompts: Any = [tokens_input(ids) for ids in self.workload.prompt_ids]
         params = _bare_params(self.workload, number)
         with Timer() as timer:
             outputs = self.llm.generate(prompts, params, use_tqdm=False)

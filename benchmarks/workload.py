@@ -8,7 +8,7 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 WORDS = (
     *("a", "the", "of", "and", "in", "with", "for", "from", "library", "program", "server", "client", "user"),
@@ -35,7 +35,7 @@ class Workload:
     """Prompts with their token ids, `group_size` responses of exactly `response_tokens` tokens for each."""
 
     model: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     threads: int
     prompts: list[str]
     prompt_ids: list[list[int]]

@@ -134,7 +134,7 @@ class TrainerGroup:
     ) -> None:
         self.role = role
         self.plan = plan
-        self.mailbox = (
+        self.mailbox: Any = (
             ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4 + 4 * plan.ranks).remote(plan.ranks)
         )
         self._loop_config = {
@@ -214,7 +214,7 @@ class TrainerGroup:
             run_config=RunConfig(
                 name=self.role,
                 storage_path=self.plan.storage,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
         error: BaseException | None = None

@@ -55,7 +55,7 @@ def engine_environment(rollout: RolloutConfig, device: Device, threads: int) -> 
     }
 
 
-def transfer_backend(device: Device) -> str:
+def transfer_backend(device: Device) -> Literal["gloo", "rlgaf_nccl"]:
     """Name of the weight-transfer engine, the same on both sides."""
     return "gloo" if device == "cpu" else "rlgaf_nccl"
 

@@ -90,7 +90,7 @@ class Config(Section):
             need = self.data.max_prompt_tokens + self.sampling.max_tokens
             if self.rollout.max_model_len < need:
                 problems.append(
-                    f"rollout.max_model_len = {self.rollout.max_model_len} is less than data.max_prompt_tokens "
+                    f"rollout.max_model_len = {self.rollout.max_model_len} is below data.max_prompt_tokens "
                     f"+ sampling.max_tokens = {need}"
                 )
         scoring = self.discriminator.scoring

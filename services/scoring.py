@@ -148,7 +148,7 @@ def deploy(
         http_options={"host": scoring.http_host, "port": scoring.http_port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    replica = HttpScoringReplica if scoring.http else ScoringReplica
+    replica: Any = HttpScoringReplica if scoring.http else ScoringReplica
     app = replica.options(
         num_replicas=scoring.replicas,
         max_ongoing_requests=4 * scoring.max_batch_groups,

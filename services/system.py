@@ -32,6 +32,17 @@ from services.scoring import deploy
 class System:
     """Rollout fleet, learner, discriminator, replay buffer, version store and scoring service of one run."""
 
+    fleet: RolloutFleet
+    learner: TrainerGroup
+    discriminator: TrainerGroup
+    buffer: Any
+    versions: Any
+    scorer: Any
+    policy_version: int
+    """Version of the weights the learner holds."""
+    disc_version: int
+    """Newest published discriminator version."""
+
     def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
         self.config = config
         self.plan = plan
@@ -41,9 +52,8 @@ class System:
         self.disc_version = 0
         self.replacements = 0
         self.app = f"rlgaf-{config.run.name}"
-        self.learner: TrainerGroup | None = None
-        self.discriminator: TrainerGroup | None = None
         self.scorer: Any = None
+        self._groups: list[TrainerGroup] = []
         self.prompts = PromptSource(
             splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
         )
@@ -71,6 +81,8 @@ class System:
             self._discriminator_config(),
             self._group_plan("discriminator"),
         )
+
+        self._groups = [self.learner, self.discriminator]
 
         async def up(what: str, starting: Any) -> Any:
             answer = await starting
@@ -146,15 +158,14 @@ class System:
         """End what has an orderly end; the rest goes with the Ray job."""
         from ray import serve
 
-        await asyncio.gather(self.learner.stop(), self.discriminator.stop())
+        await asyncio.gather(*(group.stop() for group in self._groups))
         await asyncio.to_thread(serve.delete, self.app)
 
     async def abort(self) -> None:
         """End everything after a failure, whatever state it is in."""
         from ray import serve
 
-        groups = [group for group in (self.learner, self.discriminator) if group is not None]
-        await asyncio.gather(*(group.abort() for group in groups))
+        await asyncio.gather(*(group.abort() for group in self._groups))
         if self.scorer is not None:
             await asyncio.to_thread(serve.delete, self.app)
 
@@ -307,7 +318,7 @@ class System:
     async def memory(self) -> dict[str, float]:
         """Resident memory by process in MiB."""
         found: dict[str, float] = {}
-        for group in (self.learner, self.discriminator):
+        for group in self._groups:
             for rank, memory in enumerate(await group.call("memory", timeout_s=30.0)):
                 found |= {f"{group.role}_{rank}_{name}": value for name, value in memory.items()}
         return found

@@ -1,7 +1,7 @@
 """Weight sync with everything real: DeepSpeed ranks, Ray actors, vLLM engines on CPU, gloo wire.
 
-The tests share two learner ranks and four workers (0 and 1 compute in fp32, 2 and 3 in bf16; 3 starts from
-an export) and run in order: the later ones take the fleet apart.
+The tests run in order and share two learner ranks and first workers 0 and 1, in fp32, which they take apart;
+then 2 and 3, in bf16. No more than two engines live at once, for their memory.
 """
 
 import os
@@ -149,20 +149,20 @@ class Fleet:
             port = probe.getsockname()[1]
         self.ranks = [actor.remote(rank, 2, port, str(model)) for rank in range(2)]
 
-    def start(self, dtypes: dict[int, str], model: Path | None = None) -> None:
+    def start(self, dtype: str, models: dict[int, Path]) -> None:
         actor = ray.remote(RolloutWorker).options(num_cpus=0.1, max_concurrency=16)
-        for index, dtype in dtypes.items():
+        for index, model in models.items():
             self.handles[index] = actor.remote(
                 index,
                 RolloutConfig(start_timeout_s=START_S, sync_timeout_s=DEADLINE_S),
                 PolicyConfig(dtype=dtype),
                 SamplingConfig(max_tokens=PROBE_TOKENS),
-                model=str(model or self.model),
+                model=str(model),
                 device="cpu",
                 max_model_len=256,
             )
-        infos = ray.get([self.handles[index].start.remote() for index in dtypes], timeout=START_S + 20)
-        self.info.update(zip(dtypes, infos, strict=True))
+        infos = ray.get([self.handles[index].start.remote() for index in models], timeout=START_S + 20)
+        self.info.update(zip(models, infos, strict=True))
 
     def kill(self, index: int) -> list[psutil.Process]:
         """SIGKILL a worker's actor process; returns its children: the processes of its engine."""
@@ -170,6 +170,12 @@ class Fleet:
         children = actor.children(recursive=True)
         actor.kill()
         return children
+
+    def stop(self, *indices: int) -> None:
+        ray.get([self.handles[index].shutdown.remote() for index in indices], timeout=60)
+        for index in indices:
+            del self.info[index]
+            ray.kill(self.handles.pop(index))
 
     def probe(self, *indices: int) -> list[Any]:
         calls = [self.handles[index].probe.remote(PROBES, PROBE_TOKENS) for index in indices]
@@ -250,11 +256,11 @@ def assert_same(got: list[Any], expected: list[Any], tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def fleet(ray_cluster: None, tiny_model: Path) -> Iterator[Fleet]:
     fleet = Fleet(tiny_model)
-    fleet.start({0: FP32, 1: FP32, 2: BF16})
+    fleet.start(FP32, {0: tiny_model, 1: tiny_model})
     yield fleet
-    ray.get([fleet.handles[index].shutdown.remote() for index in fleet.info], timeout=60)
-    for actor in [*fleet.handles.values(), *fleet.ranks]:
-        ray.kill(actor)
+    fleet.stop(*fleet.info)
+    for rank in fleet.ranks:
+        ray.kill(rank)
 
 
 @pytest.fixture(scope="module")
@@ -308,19 +314,7 @@ def test_responses_in_flight_span_the_sync(fleet: Fleet) -> None:
     assert table["policy_version"].to_pylist() == [3]  # no longer stale
 
 
-def test_a_bf16_worker_equals_a_fresh_engine_from_the_bf16_export(fleet: Fleet, exports: Path) -> None:
-    fleet.all_ranks("export", str(exports / BF16), BF16)
-    fleet.start({3: BF16}, exports / BF16)
-    before, fresh = fleet.probe(2, 3)
-    fleet.all_ranks("wire", BF16, fleet.refs(2))
-    fleet.all_ranks("send", 3)
-    (synced,) = fleet.probe(2)
-    assert_same(synced, fresh, 1e-3)
-    assert [logprobs for _, logprobs in synced] != [logprobs for _, logprobs in before]
-
-
 def test_a_worker_dead_between_syncs_costs_only_itself(fleet: Fleet) -> None:
-    fleet.all_ranks("wire", FP32, fleet.refs(0, 1))
     engine = fleet.kill(1)
     assert engine
     error, seconds = fleet.failure("send", 4)
@@ -351,10 +345,26 @@ def test_a_corrupted_tensor_is_named_and_breaks_the_worker(fleet: Fleet) -> None
         ray.get(fleet.handles[0].generate.remote(requests(1, 1)), timeout=DEADLINE_S)
 
 
+def test_a_bf16_worker_equals_a_fresh_engine_from_the_bf16_export(fleet: Fleet, exports: Path) -> None:
+    fleet.all_ranks("export", str(exports / BF16), BF16)
+    fleet.stop(0)
+    fleet.start(BF16, {2: fleet.model, 3: exports / BF16})
+    before, fresh = fleet.probe(2, 3)
+    fleet.all_ranks("wire", BF16, fleet.refs(2))
+    fleet.all_ranks("send", 5)
+    (synced,) = fleet.probe(2)
+    assert_same(synced, fresh, 1e-3)
+    assert [logprobs for _, logprobs in synced] != [logprobs for _, logprobs in before]
+
+
 def test_a_worker_killed_during_a_sync_is_an_error_not_a_hang(fleet: Fleet) -> None:
     fleet.all_ranks("wire", BF16, fleet.refs(2, 3))
-    fleet.all_ranks("interfere", "kill", fleet.info.pop(3)["pid"])
+    victim = fleet.info.pop(3)["pid"]
+    engine = psutil.Process(victim).children(recursive=True)
+    fleet.all_ranks("interfere", "kill", victim)
     error, seconds = fleet.failure("send", 6)
     assert seconds < 10
     assert "rollout worker 3" in error.failures[3] or "Died" in error.failures[3]
     assert error.broken == (2, 3)  # the update of both had begun
+    _, alive = psutil.wait_procs(engine, timeout=5)
+    assert not alive
