@@ -1,4 +1,4 @@
-"""Generation: rlgaf's rollout worker against vLLM alone, same engine settings, prompts and seeds.
+"""Generation: rlgaf's rollout worker against vLLM alone, same engine settings and prompts.
 
 Both vLLM forms get one request with n samples per prompt and do not detokenise; the worker queues each
 sample by itself and delivers texts, token ends and an Arrow table besides. Prefix caches are emptied before
@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from benchmarks.contender import Result, Timer
-from benchmarks.tables import request_table, sampling_overrides, seed_of
+from benchmarks.tables import request_table, sampling_overrides
 from benchmarks.workload import Workload
 from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
 from rollout.engine import engine_environment
@@ -80,7 +80,7 @@ def _bare_settings(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _bare_params(workload: Workload, turn: int) -> list[Any]:
+def _bare_params(workload: Workload) -> list[Any]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -88,13 +88,12 @@ def _bare_params(workload: Workload, turn: int) -> list[Any]:
         SamplingParams(
             n=workload.group_size,
             temperature=1.0,
-            seed=seed_of(turn, index, workload),
             logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             **sampling_overrides(workload),
         )
-        for index in range(len(workload.prompts))
+        for _ in workload.prompts
     ]
 
 
@@ -121,7 +120,7 @@ class BareAsync:
         from vllm.inputs import tokens_input
 
         await self.engine.reset_prefix_cache()
-        params = _bare_params(self.workload, number)
+        params = _bare_params(self.workload)
 
         async def one(index: int) -> int:
             prompt = tokens_input(self.workload.prompt_ids[index])
@@ -152,7 +151,7 @@ class BareOffline:
 
         self.llm.reset_prefix_cache()
         prompts: Any = [tokens_input(ids) for ids in self.workload.prompt_ids]
-        params = _bare_params(self.workload, number)
+        params = _bare_params(self.workload)
         with Timer() as timer:
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
         tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)

@@ -8,11 +8,6 @@ from benchmarks.workload import Workload
 from rollout.trajectory import REQUEST_SCHEMA, group_id, trajectory_id
 
 
-def seed_of(turn: int, index: int, workload: Workload) -> int:
-    """Seed of a prompt's first response; n-sample requests of vLLM count up from it as the worker does."""
-    return (turn * len(workload.prompts) + index) * workload.group_size
-
-
 def request_table(workload: Workload, turn: int) -> pa.Table:
     """One generation request per prompt (REQUEST_SCHEMA)."""
     rows = [
@@ -23,7 +18,7 @@ def request_table(workload: Workload, turn: int) -> pa.Table:
             "prompt_text": text,
             "prompt_ids": ids,
             "n": workload.group_size,
-            "seed": seed_of(turn, index, workload),
+            "seed": None,
         }
         for index, (text, ids) in enumerate(zip(workload.prompts, workload.prompt_ids, strict=True))
     ]

@@ -1,4 +1,4 @@
-"""Bad input ends `rlgaf train` with exit code 2 and a message that names it, before a process or a folder exists."""
+"""Bad input ends `rlgaf train` with exit code 2 and a message that names it; nothing is begun or written."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Started(Exception):
 def train(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
 ) -> Callable[..., tuple[int, str]]:
-    """`train(demonstrations, "--run.steps=3")` → exit code and what was printed; 0 stands for accepted input."""
+    """`train(demonstrations, "--run.steps=3")` → exit code and what was printed; 0: it was accepted."""
 
     def starts(address: object) -> None:
         raise Started
@@ -37,7 +37,8 @@ def train(
     def call(demonstrations: Path, *words: str, model: Path | str = tiny_model) -> tuple[int, str]:
         file = tmp_path / "run.toml"
         file.write_text(
-            f'[run]\noutput = "{tmp_path}/runs"\nname = "r"\nsteps = 4\n[policy]\nmodel = "{model}"\ndtype = "float32"\n'
+            f'[run]\noutput = "{tmp_path}/runs"\nname = "r"\nsteps = 4\n'
+            f'[policy]\nmodel = "{model}"\ndtype = "float32"\n'
             f'[data]\ndemonstrations = "{demonstrations}"\nmax_prompt_tokens = 32\n'
             "[sampling]\nmax_tokens = 16\n[discriminator]\nbatch_size = 16\n"
         )
@@ -70,7 +71,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
     def jsonl(*lines: object, name: str = "data.jsonl") -> Path:
         path = tmp_path / name
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        path.write_text(
+            "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        )
         return path
 
     return jsonl
@@ -100,7 +103,12 @@ def test_missing_column(train, write):
 
 def test_missing_column_of_a_parquet_file(train, tmp_path):
     pq.write_table(pa.table({"question": ["q"] * 99, "response": ["r"] * 99}), tmp_path / "data.parquet")
-    refused(train(tmp_path / "data.parquet"), "data.parquet", "column 'prompt' is missing", "'question', 'response'")
+    refused(
+        train(tmp_path / "data.parquet"),
+        "data.parquet",
+        "column 'prompt' is missing",
+        "'question', 'response'",
+    )
 
 
 def test_files_that_are_missing_empty_blank_or_binary(train, write, tmp_path):
@@ -137,14 +145,18 @@ def test_nothing_but_bad_lines(train, write):
 
 
 def test_fewer_demonstrations_than_a_batch(train, write):
-    refused(train(write(*rows(12))), "training demonstrations", "at least 16 needed", "discriminator.batch_size")
+    refused(
+        train(write(*rows(12))), "training demonstrations", "at least 16 needed", "discriminator.batch_size"
+    )
     shown = refused(train(write(*rows(40))), "split", "at least 8 needed")
     assert "_fraction" in shown
 
 
 def test_prompt_longer_than_is_allowed(train, write):
     long = {"prompt": "word " * 60, "response": "r"}
-    shown = refused(train(write(*rows(), long)), "data.jsonl:161", "prompt is too long", "data.max_prompt_tokens is 32")
+    shown = refused(
+        train(write(*rows(), long)), "data.jsonl:161", "prompt is too long", "data.max_prompt_tokens is 32"
+    )
     assert "Traceback" not in shown
     code, shown = train(write(*rows(), long), "--data.on_error=skip")
     assert code == 0
@@ -157,14 +169,23 @@ def test_prompts_and_responses_longer_than_the_context(train, tiny_demonstration
 
 
 def test_unknown_model(train, tiny_demonstrations, tmp_path):
-    refused(train(tiny_demonstrations, model=tmp_path / "nowhere"), str(tmp_path / "nowhere"), "no such folder")
-    refused(train(tiny_demonstrations, model="no-such-organisation/no-such-model"), "no-such-organisation/no-such-model")
+    refused(
+        train(tiny_demonstrations, model=tmp_path / "nowhere"), str(tmp_path / "nowhere"), "no such folder"
+    )
+    refused(
+        train(tiny_demonstrations, model="no-such-organisation/no-such-model"),
+        "no-such-organisation/no-such-model",
+    )
     (tmp_path / "hollow").mkdir()
     refused(train(tiny_demonstrations, model=tmp_path / "hollow"), "hollow", "no config.json")
 
 
 def test_unknown_discriminator_model(train, tiny_demonstrations, tmp_path):
-    refused(train(tiny_demonstrations, f"--discriminator.model={tmp_path}/nowhere"), "discriminator.model", "nowhere")
+    refused(
+        train(tiny_demonstrations, f"--discriminator.model={tmp_path}/nowhere"),
+        "discriminator.model",
+        "nowhere",
+    )
 
 
 def test_unknown_embedding_model(train, tiny_demonstrations, tmp_path):
@@ -280,8 +301,8 @@ def test_the_real_command_in_a_process_of_its_own(tmp_path, tiny_model):
     """Once for all of the above: nothing but the exit code and stderr, no run folder, no Ray."""
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     (tmp_path / "run.toml").write_text(
-        f'[run]\noutput = "{tmp_path}/runs"\n[policy]\nmodel = "{tiny_model}"\n[data]\ndemonstrations = "{tmp_path}/data.jsonl"\n'
-        "max_prompt_tokens = 32\n"
+        f'[run]\noutput = "{tmp_path}/runs"\n[policy]\nmodel = "{tiny_model}"\n'
+        f'[data]\ndemonstrations = "{tmp_path}/data.jsonl"\nmax_prompt_tokens = 32\n'
     )
     command = [sys.executable, "-m", "services.cli", "train", str(tmp_path / "run.toml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -87,7 +87,9 @@ def watched(function):
     return call
 
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep=1)
-for owner, name in ((pathlib.Path, "write_text"), (pathlib.Path, "rename"), (os, "fsync"), (shutil, "rmtree"), (os, "unlink")):
+moments = ((pathlib.Path, "write_text"), (pathlib.Path, "rename"),
+           (os, "fsync"), (shutil, "rmtree"), (os, "unlink"))
+for owner, name in moments:
     setattr(owner, name, watched(getattr(owner, name)))
 folder = checkpoints.begin(10)
 (folder / "learner").mkdir()
@@ -99,7 +101,7 @@ print(calls)
 
 
 def test_killed_at_any_moment_the_old_or_the_new_one_is_whole(tmp_path):
-    """The process is killed before its first, second, ... write, rename, sync or deletion, until it survives."""
+    """Killed before the first, the second, ... write, rename, sync or deletion, until none is left."""
     outcomes = []
     for moment in range(1, 40):
         root = tmp_path / str(moment)

@@ -36,7 +36,16 @@ def test_every_command_explains_itself(monkeypatch, capsys, command):
 
 
 def test_overrides_of_every_kind_reach_the_configuration(monkeypatch, capsys, run_file):
-    words = ["--learner.lr", "1e-5", "--run.seed", "-3", "--learner.betas", "[0.8, 0.9]", "--run.name=mine", "--dry-run"]
+    words = [
+        "--learner.lr",
+        "1e-5",
+        "--run.seed",
+        "-3",
+        "--learner.betas",
+        "[0.8, 0.9]",
+        "--run.name=mine",
+        "--dry-run",
+    ]
     assert call(monkeypatch, "train", str(run_file), *words) == 0
     shown = capsys.readouterr().out
     for line in ("lr = 1e-05", "seed = -3", "betas = [0.8, 0.9]", 'name = "mine"'):
@@ -80,7 +89,12 @@ def test_a_plan_that_no_machine_can_hold_is_shown_all_the_same(monkeypatch, caps
 
 
 def test_a_plan_that_cannot_be_is_refused(monkeypatch, capsys, run_file):
-    assert call(monkeypatch, "train", str(run_file), "--dry-run", "--rollout.device=cuda", "--learner.device=cpu") == 2
+    assert (
+        call(
+            monkeypatch, "train", str(run_file), "--dry-run", "--rollout.device=cuda", "--learner.device=cpu"
+        )
+        == 2
+    )
     assert "rollout.device is cuda and learner.device cpu" in capsys.readouterr().err
 
 
@@ -103,7 +117,9 @@ def test_export_refuses_in_words(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_does_not_overwrite_its_report(monkeypatch, capsys, tmp_path, tiny_model, tiny_demonstrations):
+def test_evaluate_does_not_overwrite_its_report(
+    monkeypatch, capsys, tmp_path, tiny_model, tiny_demonstrations
+):
     out = tmp_path / "report.json"
     out.write_text(json.dumps({"kept": True}))
     assert call(monkeypatch, "evaluate", str(tiny_model), str(tiny_demonstrations), "--json", str(out)) == 2
@@ -112,7 +128,9 @@ def test_evaluate_does_not_overwrite_its_report(monkeypatch, capsys, tmp_path, t
 
 
 def test_the_installed_command_is_this_one():
-    done = subprocess.run([sys.executable, "-m", "services.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     for command in ("train", "config", "doctor", "assets", "evaluate", "generate", "export"):
         assert command in done.stdout

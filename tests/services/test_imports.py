@@ -54,7 +54,9 @@ def test_neither_rollout_nor_learner_can_name_the_discriminator_or_a_demonstrati
         docstrings = {
             node.value
             for node in ast.walk(tree)
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
         }
         for node in ast.walk(tree):
             named = ""
@@ -66,7 +68,9 @@ def test_neither_rollout_nor_learner_can_name_the_discriminator_or_a_demonstrati
                 named = node.arg
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
                 named = node.value
-            assert not any(word in named.lower() for word in words), f"{path.relative_to(ROOT)}:{node.lineno}: {named}"
+            assert not any(word in named.lower() for word in words), (
+                f"{path.relative_to(ROOT)}:{node.lineno}: {named}"
+            )
 
 
 def test_no_file_of_a_package_reads_the_tests():

@@ -21,10 +21,15 @@ def test_the_default_plan_fits_two_cores():
 
 def test_sums_are_counts_times_shares():
     large = plan(
-        "--rollout.workers=3", "--rollout.cpus_per_worker=2", "--learner.ranks=4", "--learner.cpus_per_rank=1.5",
-        "--discriminator.ranks=2", "--discriminator.cpus_per_rank=1", "--discriminator.scoring.replicas=2",
+        "--rollout.workers=3",
+        "--rollout.cpus_per_worker=2",
+        "--learner.ranks=4",
+        "--learner.cpus_per_rank=1.5",
+        "--discriminator.ranks=2",
+        "--discriminator.cpus_per_rank=1",
+        "--discriminator.scoring.replicas=2",
         "--discriminator.scoring.cpus=0.25",
-    )  # fmt: skip
+    )
     assert large.cpus == 3 * 2 + 4 * 1.5 + 2 * 1 + 2 * 0.25
     assert [role.count for role in large.roles] == [3, 4, 2, 2]
 
@@ -40,7 +45,9 @@ def test_gpus_go_to_every_role_that_computes():
     gpu = plan("--rollout.workers=2", "--rollout.tensor_parallel=4", "--learner.ranks=2", gpus=8)
     assert gpu.gpus == 2 * 4 + 2 + 1 + 1
     assert set(gpu.devices.values()) == {"cuda"}
-    assert plan("--rollout.device=cpu", "--learner.device=cpu", "--discriminator.device=cpu", gpus=8).gpus == 0
+    assert (
+        plan("--rollout.device=cpu", "--learner.device=cpu", "--discriminator.device=cpu", gpus=8).gpus == 0
+    )
     mixed = plan("--discriminator.device=cpu", gpus=8)
     assert mixed.gpus == 2
     assert mixed.devices == {"rollout": "cuda", "learner": "cuda", "discriminator": "cpu"}
@@ -55,7 +62,12 @@ def test_too_few_cpus_names_numbers_fields_and_place():
     with pytest.raises(ConfigError) as refused:
         plan("--rollout.workers=4", "--rollout.cpus_per_worker=2").check(4.0, 0, "this machine")
     message = str(refused.value)
-    for part in ("needs 9.5 CPUs", "this machine has 4", "rollout.workers (4 x 2)", "learner.ranks (1 x 0.5)"):
+    for part in (
+        "needs 9.5 CPUs",
+        "this machine has 4",
+        "rollout.workers (4 x 2)",
+        "learner.ranks (1 x 0.5)",
+    ):
         assert part in message
 
 
