@@ -237,7 +237,12 @@ class TrainableModel:
             # Micro-batches' gradients are added and reduced in fp32: bf16 rounding would depend on the split.
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
-            "zero_optimization": {"stage": cfg.zero_stage, "overlap_comm": False},
+            # A single rank reduces nothing: a copy of all gradients into a reduction buffer would be wasted.
+            "zero_optimization": {
+                "stage": cfg.zero_stage,
+                "overlap_comm": False,
+                "contiguous_gradients": self.ranks > 1 or cfg.zero_stage == 3,
+            },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
