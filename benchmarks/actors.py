@@ -27,6 +27,8 @@ class RayLoop:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.folder = tempfile.mkdtemp(prefix="rlgaf-bench-")
+        # Ray's workers have low priority by default, which other contenders' processes do not have.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
         ray.init(
             num_cpus=2,

@@ -117,7 +117,7 @@ class LearnerRank:
         self.learner.load(Path(folder))
 
     def export(self, folder: str) -> None:
-        """Write the policy as a plain Hugging Face folder with its tokenizer; `generate` stops where training did."""
+        """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did."""
         self.learner.export(Path(folder))
         if self.rank == 0:
             from transformers import GenerationConfig

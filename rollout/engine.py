@@ -86,6 +86,9 @@ def engine_args(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=device == "cpu" if rollout.enforce_eager is None else rollout.enforce_eager,
         enable_prefix_caching=True,
+        # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU ones cannot do.
+        enable_chunked_prefill=False if device == "cpu" else None,
+        max_num_batched_tokens=max(max_model_len, 8192) if device == "cpu" else None,
         # Log-probabilities after temperature: the distribution that was sampled from.
         logprobs_mode="processed_logprobs",
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend(device)),

@@ -11,6 +11,7 @@ that the health gate skips still counts, so the clocks stay comparable). The tur
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class Controller:
         self.stopping = False
         self._generating: dict[int, asyncio.Task[pa.Table]] = {}
         self._cursors: dict[int, dict[str, Any]] = {}
-        self._turn: asyncio.Task[dict[str, Any]] | None = None
+        self._turns: deque[asyncio.Task[None]] = deque()
         self._disc_metrics: dict[str, Any] = {}
 
     async def run(self, every_step: Callable[[int], Any]) -> None:
@@ -79,9 +80,12 @@ class Controller:
             batch = await self._generating.pop(self.step)
         self._cursors.pop(self.step)
         self.timer.tokens("generate", _tokens(batch))
-        return self._drop(
+        fit = self._drop(
             batch, pc.greater(lag(batch, self.step), self.config.run.max_policy_lag), "policy_lag"
         )
+        if fit.num_rows == 0:
+            raise RuntimeError(f"step {self.step + 1}: every group is older than run.max_policy_lag allows")
+        return fit
 
     async def _generate(self, step: int) -> pa.Table:
         self._cursors[step] = self.system.prompts.state()
@@ -99,9 +103,10 @@ class Controller:
         """The batch with reward columns; all responses of a group are judged by one version, none staler than
         allowed.
         """
-        if self._turn is not None and self.step - self.system.disc_version > self.config.run.max_disc_lag:
+        if self.step - self.system.disc_version > self.config.run.max_disc_lag:
             with self.timer("wait for discriminator"):
-                await self._finish_turn()
+                while self.step - self.system.disc_version > self.config.run.max_disc_lag:
+                    await self._turns.popleft()
         version = self.system.disc_version
         with self.timer("score"):
             answers = await self.system.score(batch, version)
@@ -124,33 +129,34 @@ class Controller:
             return await self.system.sync(version)
 
     async def discriminate(self, batch: pa.Table) -> None:
-        """Start this step's discriminator turn; it runs while the policy goes on."""
-        await self._finish_turn()
-        self._turn = asyncio.create_task(self._discriminate(batch, self.step))
+        """Queue this step's discriminator turn; turns run one after another while the policy goes on."""
+        earlier = self._turns[-1] if self._turns else None
+        self._turns.append(asyncio.create_task(self._discriminate(batch, self.step, earlier)))
 
-    async def _discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
+    async def _discriminate(self, batch: pa.Table, step: int, earlier: "asyncio.Task[None] | None") -> None:
+        if earlier is not None:
+            await earlier
         with self.timer("discriminate"):
-            return await self.system.discriminate(batch, step)
-
-    async def _finish_turn(self) -> None:
-        if self._turn is not None:
-            self._disc_metrics = await self._turn
-            self._turn = None
+            self._disc_metrics = await self.system.discriminate(batch, step)
 
     async def quiesce(self) -> None:
-        """Wait for the discriminator's turn, so that a checkpoint holds one consistent state."""
-        await self._finish_turn()
+        """Wait for the discriminator's turns, so that a checkpoint holds one consistent state."""
+        while self._turns:
+            await self._turns.popleft()
 
     async def settle(self) -> None:
         """Nothing in the air: the discriminator's turn is done, generation asked for ahead is given up and
         counted.
         """
         await self.quiesce()
+        cursor = self._cursors[min(self._cursors)] if self._cursors else None
         for step, task in sorted(self._generating.items()):
             batch = await task
             for group in pc.unique(batch["group_id"]).to_pylist():
                 self.ledger.drop(group, "run ended")
             del self._generating[step], self._cursors[step]
+        if cursor is not None:
+            self.system.prompts.load_state(cursor)  # a resumed run asks for these prompts again
 
     def _drop(self, batch: pa.Table, unfit: pa.Array, reason: str) -> pa.Table:
         """Leave out whole groups in which any row is unfit, and count them."""

@@ -6,6 +6,7 @@ place and measured at the end, all on the same prompts.
 """
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ class Evaluator:
             self.best_step, self.best_key = step, selection_key(row)
             await self.export("best")
             await self._keep_test("best", step)
+            best = {"step": step, "key": self.best_key, "nll": self.test_nll["best"]}
+            self._best_file().write_text(json.dumps(best))
         shown = texts.slice(0, self.config.evaluation.shown_samples)
         return row, shown.select(["prompt", "human", "model"]).to_pylist()
 
@@ -116,6 +119,9 @@ class Evaluator:
         self.curve = [(step, row) for step, row in state["curve"]]
         self.best_step, self.best_key = state["best_step"], state["best_key"]
         self.test_nll = state["test_nll"]
+        if self._best_file().exists():  # best/ may be younger than the checkpoint: it stays the best there is
+            best = json.loads(self._best_file().read_text())
+            self.best_step, self.best_key, self.test_nll["best"] = best["step"], best["key"], best["nll"]
 
     async def _keep_test(self, name: str, step: int) -> None:
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
@@ -165,6 +171,9 @@ class Evaluator:
                 trust_remote_code=self.config.policy.trust_remote_code,
             )
         return self._embedder
+
+    def _best_file(self) -> Path:
+        return self.config.folder / "samples" / "best.json"
 
     def _test_file(self, name: str) -> Path:
         return self.config.folder / "samples" / f"test-{name}.parquet"

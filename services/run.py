@@ -14,17 +14,18 @@ from typing import Any
 
 from rich.console import Console
 
-from rollout.data import DataSplits, load_data, require_at_least
+from rollout.data import DataError, DataSplits, load_data, require_at_least
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.alarms import AlarmBounds, Alarms
-from services.checkpoint import Checkpoints, verify
+from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.metrics import MetricsLog, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 
 INTERRUPTED = 130
 FAILED = 1
+RUN_PARTS = ("checkpoints", "metrics.jsonl", "samples", "best", "last", "summary.json")
 
 
 def run(config: Config, *, resume: bool) -> int:
@@ -46,11 +47,12 @@ def run(config: Config, *, resume: bool) -> int:
         plan.check(float(os.cpu_count() or 1), local_gpus(), "this machine")
     tokenizer = load_tokenizer(config.policy)
     check_model(config.policy, config.data, config.sampling, tokenizer)
+    _check_other_models(config)
     renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
     _check_data(config, splits)
     for report in splits.reports:
-        console.print(f"data: {report.source}: {report.kept} rows" + _skipped(report.skipped))
+        console.print(f"data: {report.source}: {report.kept} rows" + _skipped(report.skipped), markup=False)
     console.print(
         f"splits: {splits.train.num_rows} train, {splits.heldout.num_rows} held out for the discriminator, "
         f"{splits.selection.num_rows} selection, {splits.test.num_rows} test"
@@ -59,7 +61,7 @@ def run(config: Config, *, resume: bool) -> int:
         plan = resource_plan(config, gpus=gpus)
         plan.check(cpus, gpus, "the Ray cluster")
         for line in plan.lines():
-            console.print(f"plan: {line}", highlight=False)
+            console.print(f"plan: {line}", highlight=False, markup=False)
         return asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console).main())
 
 
@@ -73,12 +75,30 @@ def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
             f"--resume: {config.folder} has done {checkpoints.steps()[-1]} of {config.run.steps} steps; "
             "raise run.steps to go on"
         )
-    if not resume and config.folder.exists() and any(config.folder.iterdir()):
+    if resume and newest is not None:
+        try:
+            verify(newest)
+        except CheckpointError as error:
+            raise ConfigError(f"--resume: {error}") from None
+    if not resume and any((config.folder / name).exists() for name in RUN_PARTS):
         raise ConfigError(
             f"{config.folder} exists already; nothing was overwritten. "
             "Use --resume to go on with it, or another run.name"
         )
     return checkpoints
+
+
+def _check_other_models(config: Config) -> None:
+    """The models that judge can be found and have a fast tokenizer, like the policy."""
+    for field, name in (
+        ("discriminator.model", config.discriminator.model),
+        ("evaluation.embedding_model", config.evaluation.embedding_model),
+    ):
+        if name and name != "none":
+            try:
+                load_tokenizer(config.policy.model_copy(update={"model": name}))
+            except DataError as error:
+                raise DataError(str(error).replace("policy.model", field)) from None
 
 
 def _check_data(config: Config, splits: DataSplits) -> None:
@@ -116,6 +136,7 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
         ray.init(address=address, **quiet)
     else:
         ray.init(
+            address="local",
             num_cpus=os.cpu_count(),
             num_gpus=local_gpus(),
             object_store_memory=512 * 2**20,

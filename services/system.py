@@ -71,7 +71,8 @@ class System:
         self.train_demonstrations = ray.put(self.demonstrations.train)
         self.fleet = RolloutFleet(config, self.plan)
         self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
-        self.versions = ray.remote(VersionStore).options(num_cpus=0).remote()
+        # While a batch is scored, as many turns may publish as the lag allows.
+        self.versions = ray.remote(VersionStore).options(num_cpus=0).remote(config.run.max_disc_lag + 2)
         self.learner = TrainerGroup(
             "learner", LearnerRank, self._learner_config(), self._group_plan("learner")
         )

@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: a tiny causal LM with a byte-level tokenizer, made on the spot, and tiny demonstrations."""
+"""Fixtures shared by all tests: a tiny causal LM with a byte-level tokenizer, made on the spot, and tiny
+demonstrations.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ CORPUS = [
 
 
 def build_tiny_model(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0) -> Path:
-    """Write a random Llama (vocab ~380, head size 32, context 256) with tokenizer and chat template to `folder`."""
+    """Write a random Llama (vocab ~380, head size 32, context 256) with tokenizer and chat template to
+    `folder`.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
