@@ -168,10 +168,6 @@ class LearnerConfig(OptimizerConfig):
                 f'kl_in = "reward" with kl_estimator = "{self.kl_estimator}" has a biased gradient; '
                 'set kl_estimator = "k1"'
             )
-        if self.lora.rank and self.zero_stage == 3:
-            raise ValueError(
-                "lora with zero_stage = 3 cannot be merged for the broadcast; use zero_stage = 1 or 2"
-            )
         if self.loss == "reinforce" and self.epochs * self.minibatches > 1:
             raise ValueError(
                 'loss = "reinforce" is on-policy: set epochs = 1 and minibatches = 1, '

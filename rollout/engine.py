@@ -86,6 +86,8 @@ def engine_args(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=device == "cpu" if rollout.enforce_eager is None else rollout.enforce_eager,
         enable_prefix_caching=True,
+        # A prompt is shared among its samples by whole blocks; the CPU's default of 128 tokens shares few.
+        block_size=32 if device == "cpu" else None,
         # vLLM rewinds a seeded request's generator after each chunk of its prompt, which CPU ones cannot do.
         enable_chunked_prefill=False if device == "cpu" else None,
         max_num_batched_tokens=max(max_model_len, 8192) if device == "cpu" else None,
