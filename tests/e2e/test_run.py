@@ -340,7 +340,7 @@ def test_a_resumed_run_equals_the_unbroken_one(unbroken, interrupted, resumed):
 
 def is_clock(key: str) -> bool:
     """Fields that measure the machine and not the run."""
-    return key == "time" or key.startswith(("seconds", "memory")) or "seconds" in key or key.endswith("_s")
+    return key == "time" or "seconds" in key or "memory" in key or key.endswith("_s")
 
 
 def test_lags_stay_in_bounds_and_accounts_balance(lagging):
