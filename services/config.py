@@ -88,7 +88,7 @@ class Config(Section):
             )
         if self.learner.lora.rank and self.learner.zero_stage == 3:
             problems.append(
-                "learner.lora with learner.zero_stage = 3 cannot be merged for the broadcast; use stage 1 or 2"
+                "learner.lora with learner.zero_stage = 3 cannot be merged for the sync; use stage 1 or 2"
             )
         if self.rollout.max_model_len is not None:
             need = self.data.max_prompt_tokens + self.sampling.max_tokens

@@ -3,7 +3,6 @@ behind.
 """
 
 import asyncio
-import logging
 import os
 import signal
 import time
@@ -126,7 +125,6 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     """
     import ray
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # More processes than CPUs are this system's normal state: they take turns. Ray would warn about it.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")

@@ -10,6 +10,7 @@ Outside, when asked for: `POST /v1/score` with a bearer token.
 
 import asyncio
 import hmac
+import logging
 import os
 from typing import Any
 
@@ -143,6 +144,7 @@ def deploy(
 ) -> DeploymentHandle:
     """Start the deployment (blocking) and return its handle."""
     scoring = config.scoring
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly" if scoring.http else "Disabled",
         http_options={"host": scoring.http_host, "port": scoring.http_port},
