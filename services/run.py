@@ -24,7 +24,7 @@ from services.plan import ResourcePlan, local_gpus, resource_plan
 
 INTERRUPTED = 130
 FAILED = 1
-RUN_PARTS = ("checkpoints", "metrics.jsonl", "samples", "best", "last", "summary.json")
+LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard"}
 
 
 def run(config: Config, *, resume: bool) -> int:
@@ -79,7 +79,8 @@ def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
             verify(newest)
         except CheckpointError as error:
             raise ConfigError(f"--resume: {error}") from None
-    if not resume and any((config.folder / name).exists() for name in RUN_PARTS):
+    held = {path.name for path in config.folder.iterdir()} if config.folder.exists() else set()
+    if not resume and held - LEFT_BY_A_FAILED_START:
         raise ConfigError(
             f"{config.folder} exists already; nothing was overwritten. "
             "Use --resume to go on with it, or another run.name"
