@@ -38,6 +38,12 @@ LEGEND = (
 )
 
 
+def make_console() -> Console:
+    """The terminal as it is; where there is none, wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
 def table_cells(name: str, row: Mapping[str, Any]) -> list[str]:
     """One row of the closing table as text, in the order of `COLUMNS`, after its name."""
 

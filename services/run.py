@@ -21,6 +21,7 @@ from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.metrics import MetricsLog, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
+from services.report import make_console
 
 INTERRUPTED = 130
 FAILED = 1
@@ -33,7 +34,7 @@ def run(config: Config, *, resume: bool) -> int:
     Raises:
         ConfigError, DataError: before anything is started or written.
     """
-    console = Console() if Console().is_terminal else Console(width=150)
+    console = make_console()
     config = with_absolute_paths(config)
     try:
         check_vllm_version()

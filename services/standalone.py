@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
 
 from rollout.data import load_data, prompt_id, read_prompts
 from rollout.engine import check_vllm_version
@@ -22,7 +21,7 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
     """Measure `policy.model` against the test split of `data.demonstrations`; print the table, write JSON."""
     from services.evaluation.embed import make_embedder
     from services.evaluation.evaluate import evaluate_texts, human_row
-    from services.report import closing_table
+    from services.report import closing_table, make_console
     from services.system import first_prompts
 
     if json_out is not None and json_out.exists():
@@ -43,7 +42,7 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
     train = splits.train["response"].to_pylist()
     row = evaluate_texts(identifiers, [answers[i] for i in identifiers], texts, train, nll, settings, embed)
     floor = human_row(identifiers, texts, train, nll, settings, embed)
-    Console().print(closing_table({"last": row, "human": floor}))
+    make_console().print(closing_table({"last": row, "human": floor}))
     if json_out is not None:
         json_out.write_text(
             json.dumps({"model": config.policy.model, "evaluation": row, "human": floor}, indent=2)
