@@ -62,10 +62,6 @@ class DiscriminatorRank:
         judged = {f"{name}_heldout": value for name, value in held.items()}
         return {**trained, **judged, "memory_mib": memory_mib()}
 
-    def scores(self, table: "ray.ObjectRef[pa.Table]") -> list[float]:
-        """Sequence score of every row under the weights in training."""
-        return self.trainer.scores(ray.get(table))
-
     def save(self, folder: str) -> None:
         """Write the discriminator's part of a checkpoint."""
         self.trainer.save(folder)

@@ -104,10 +104,6 @@ class LearnerRank:
         rows = self.learner.response_logprobs(ray.get(table))
         return -float(np.concatenate(rows).mean())
 
-    def response_logprobs(self, table: "ray.ObjectRef[pa.Table]") -> list[np.ndarray]:
-        """Log-probability of every response token; see `PolicyLearner.response_logprobs`."""
-        return self.learner.response_logprobs(ray.get(table))
-
     def save(self, folder: str) -> None:
         """Write the learner's part of a checkpoint."""
         self.learner.save(Path(folder))
