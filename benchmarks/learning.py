@@ -6,6 +6,7 @@ packed arrays with masks made beforehand. Both use REINFORCE, clipping and PyTor
 learner does with kl_coef = 0.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Ours:
         torch.distributed.destroy_process_group()
 
 
-class _Bare:
+class _Bare(ABC):
     """Model and optimizer; subclasses give the forward passes."""
 
     def __init__(self, workload: Workload) -> None:
@@ -73,12 +74,13 @@ class _Bare:
         self.samples = Samples.from_table(scored_table(workload))
         self.batches, self.computed = self.make_batches()
 
+    @abstractmethod
     def make_batches(self) -> tuple[list[Any], int]:
-        raise NotImplementedError
+        """Micro-batches of the step, and the tokens in them, padding included."""
 
+    @abstractmethod
     def logits(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., V] of response tokens, and these tokens [...]."""
-        raise NotImplementedError
 
     def turn(self, number: int) -> Result:
         with Timer() as timer:
