@@ -123,7 +123,7 @@ def _serve_rank(config: dict[str, Any]) -> None:
             return
         try:
             last = (True, getattr(handler, method)(**payload))
-        except Exception:
+        except Exception:  # told to the controller first, then raised: the group ends with it
             ray.get(mailbox.reply.remote(rank, number, False, traceback.format_exc()))
             raise
         done = number

@@ -198,7 +198,7 @@ class _Run:
             self.console.print("stopped; the last finished checkpoint stays")
             await self.system.abort()
             return INTERRUPTED
-        except Exception:
+        except Exception:  # the top of the program: the whole traceback, then an orderly end and exit code 1
             traceback.print_exc()
             steps = self.checkpoints.steps()
             self.console.print(

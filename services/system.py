@@ -28,6 +28,8 @@ from services.fleet import FleetError, RolloutFleet
 from services.plan import ResourcePlan
 from services.scoring import deploy
 
+BUFFER_S = 120.0
+
 
 class System:
     """Rollout fleet, learner, discriminator, replay buffer, version store and scoring service of one run."""
@@ -94,7 +96,10 @@ class System:
             up("rollout", self.fleet.start()),
             up("learner", self.learner.start()),
             up("discriminator", self.discriminator.start()),
-            up("scoring", asyncio.to_thread(self._deploy)),
+            up(
+                "scoring",
+                _within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy)),
+            ),
         )
         await self._connect()
 
@@ -227,9 +232,10 @@ class System:
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
         """The discriminator's turn of `step` on these rollouts and a replay; publishes version step + 1."""
         settings, seed = self.config.discriminator, self.config.run.seed
-        await self.buffer.add.remote(batch, step)
-        rollouts = await self.buffer.sample.remote(
-            settings.batch_size * settings.steps_per_policy_step, step=step, seed=seed
+        await _within(BUFFER_S, "adding to the replay buffer", self.buffer.add.remote(batch, step))
+        wanted = settings.batch_size * settings.steps_per_policy_step
+        rollouts = await _within(
+            BUFFER_S, "sampling the replay buffer", self.buffer.sample.remote(wanted, step=step, seed=seed)
         )
         metrics = await self.discriminator.call(
             "turn",
@@ -241,7 +247,10 @@ class System:
             step=step,
         )
         self.disc_version = step + 1
-        return {**metrics[0], "buffer": await self.buffer.stats.remote()}
+        return {
+            **metrics[0],
+            "buffer": await _within(BUFFER_S, "asking the replay buffer", self.buffer.stats.remote()),
+        }
 
     # Before, between and after
 
@@ -297,7 +306,9 @@ class System:
         await asyncio.gather(
             self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner")),
             self.discriminator.call("save", timeout_s=timeout, folder=str(folder / "discriminator")),
-            _answer(self.buffer.dump.remote(str(folder / "buffer.parquet"))),
+            _within(
+                BUFFER_S, "saving the replay buffer", self.buffer.dump.remote(str(folder / "buffer.parquet"))
+            ),
         )
         return {"policy_version": self.policy_version, "disc_version": self.disc_version}
 
@@ -312,7 +323,9 @@ class System:
             self.discriminator.call(
                 "load", timeout_s=timeout, folder=str(folder / "discriminator"), version=self.disc_version
             ),
-            _answer(self.buffer.load.remote(str(folder / "buffer.parquet"))),
+            _within(
+                BUFFER_S, "loading the replay buffer", self.buffer.load.remote(str(folder / "buffer.parquet"))
+            ),
         )
         await self.sync(self.policy_version)
 
@@ -358,6 +371,13 @@ class System:
             ) from error
         await self.fleet.replace(error.workers)
         await self._connect()
+
+
+async def _within(timeout_s: float, what: str, call: Any) -> Any:
+    try:
+        return await asyncio.wait_for(_answer(call), timeout_s)
+    except TimeoutError:
+        raise RuntimeError(f"{what} did not finish within {timeout_s:.0f} s") from None
 
 
 async def _answer(ref: Any) -> Any:
