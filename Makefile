@@ -16,15 +16,13 @@ setup: .venv/.ready-$(DEVICE)
 
 .venv/.ready-$(DEVICE): $(LIST) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "rlgaf needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run make PYTHON=/path/to/python3.11 setup")'
-	@command -v g++ >/dev/null || { echo "g++ is missing; vLLM and DeepSpeed compile small kernels with it (Debian: apt-get install g++)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing; vLLM compiles small kernels with it (Debian: apt-get install g++)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing $$(grep -c == $(LIST)) pinned packages for $(DEVICE) (a few minutes the first time)"
 	@$(PIP) install -qq --no-deps -r $(LIST) || { \
 	  test $(DEVICE) = cpu && echo "once more, with PyTorch's CPU index" && \
 	  $(PIP) install -q --no-deps --extra-index-url $(TORCH_CPU_INDEX) -r $(LIST); }
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
-	@test $(DEVICE) = gpu || { echo "compiling DeepSpeed's CPU communication kernel (about a minute, once)"; \
-	  DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>&1; }
 	@touch $@
 	@echo "ready; next: make quickstart, or source .venv/bin/activate and rlgaf --help"
 

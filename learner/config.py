@@ -75,8 +75,7 @@ class OptimizerConfig(Section):
     """Recompute activations in the backward pass: a third more arithmetic, far less memory."""
 
     start_timeout_s: PositiveFloat = 300.0
-    """Deadline for all ranks to come up (the first DeepSpeed use on a machine compiles for about a
-    minute)."""
+    """Deadline for all ranks to come up."""
 
     step_timeout_s: PositiveFloat = 1800.0
     """Deadline for one step, and for every collective inside it."""

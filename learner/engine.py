@@ -272,12 +272,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # Read once, when DeepSpeed is first imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    log.info(
-        "loading DeepSpeed (the first use on a machine compiles its communication kernel, about a minute)"
-    )
     began = time.monotonic()
     import deepspeed
+    import deepspeed.ops
 
+    # The one kernel DeepSpeed would compile here all-reduces inference over shared memory, which training never
+    # asks for. Its build waits without a deadline for whoever holds the build folder's lock, dead or alive.
+    deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     log.info("DeepSpeed %s is ready after %.0f s", deepspeed.__version__, time.monotonic() - began)
