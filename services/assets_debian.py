@@ -32,7 +32,8 @@ def write_synopses(target: Path, say: Say) -> None:
         raise AssetError(
             "debian-synopses needs apt-get: run this on Debian or Ubuntu, or in a container of one"
         )
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+    # apt takes a relative path as relative to its own folder.
+    with tempfile.TemporaryDirectory(dir=target.parent.resolve()) as work:
         lists = Path(work) / "lists"
         (lists / "partial").mkdir(parents=True)
         say(
