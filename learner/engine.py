@@ -276,8 +276,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     import deepspeed.ops
 
-    # The one kernel DeepSpeed would compile here all-reduces inference over shared memory, which training never
-    # asks for. Its build waits without a deadline for whoever holds the build folder's lock, dead or alive.
+    # The one kernel DeepSpeed would compile here all-reduces inference over shared memory; training never
+    # asks for that. Its build waits without a deadline for whoever holds the build folder's lock, dead or alive.
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")

@@ -80,8 +80,9 @@ class PolicyConfig(Section):
     model: str = ""
     """Hub name or local folder of a causal language model."""
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype of policy, reference and rollout workers. Masters and optimizer states are always fp32.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype of policy, reference and rollout workers; `auto`: bfloat16 on GPUs and on CPUs with
+    vector units for it, else float32. Masters and optimizer states are always fp32.
     """
 
     end_of_response: str = ""

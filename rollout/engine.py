@@ -71,6 +71,8 @@ def engine_args(
     seed: int = 0,
 ) -> "AsyncEngineArgs":
     """Arguments of one worker's engine; `worker` is the name that errors from inside the engine carry."""
+    if policy.dtype == "auto":
+        raise ValueError("policy.dtype is not settled: the resource plan decides what `auto` means")
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
 

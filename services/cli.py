@@ -39,9 +39,10 @@ def train(
     if dry_run:
         from services.plan import local_gpus, resource_plan
 
-        typer.echo(to_toml(settings))
+        plan = resource_plan(settings, gpus=local_gpus())
+        typer.echo(to_toml(plan.settle(settings)))
         typer.echo("# resource plan")
-        for line in resource_plan(settings, gpus=local_gpus()).lines():
+        for line in plan.lines():
             typer.echo(f"# {line}")
         return
     from services.run import run

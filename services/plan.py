@@ -5,11 +5,13 @@ Pure arithmetic on the configuration; nothing here starts or imports a heavy lib
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from services.config import Config, ConfigError
 
 Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,15 @@ class Role:
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """All roles of a run, with the device each computes on."""
+    """All roles of a run, the device each computes on, and the policy's dtype there."""
 
     roles: tuple[Role, ...]
     devices: dict[str, Device]
+    dtype: Dtype
+
+    def settle(self, config: Config) -> Config:
+        """The configuration with `policy.dtype` as planned instead of `auto`."""
+        return config.model_copy(update={"policy": config.policy.model_copy(update={"dtype": self.dtype})})
 
     def role(self, name: str) -> Role:
         """The role called `name`."""
@@ -53,7 +60,7 @@ class ResourcePlan:
             f"{role.threads} thread(s)  {role.what}"
             for role in self.roles
         ]
-        return [*rows, f"{'total':<14} {self.cpus:g} CPU, {self.gpus} GPU"]
+        return [*rows, f"{'total':<14} {self.cpus:g} CPU, {self.gpus} GPU, {self.dtype}"]
 
     def check(self, cpus: float, gpus: float, where: str) -> None:
         """Refuse a plan larger than what there is.
@@ -140,7 +147,24 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
             "discriminator.scoring.replicas",
         ),
     )
-    return ResourcePlan(roles, devices)
+    dtype: Dtype = "float32"
+    if config.policy.dtype == "bfloat16" or (
+        config.policy.dtype == "auto" and (devices["rollout"] == "cuda" or _cpu_computes_bfloat16())
+    ):
+        dtype = "bfloat16"
+    return ResourcePlan(roles, devices, dtype)
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether this machine's CPU has vector units that bfloat16 kernels are written for: AVX-512 on x86, the
+    bf16 extension on Arm. Without them SmolLM2 generates 4 times slower than in fp32, and learns far slower.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    return "avx512f" in flags or "bf16" in flags
 
 
 def local_gpus() -> int:

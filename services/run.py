@@ -60,6 +60,7 @@ def run(config: Config, *, resume: bool) -> int:
     with ray_cluster(cluster) as (cpus, gpus):
         plan = resource_plan(config, gpus=gpus)
         plan.check(cpus, gpus, "the Ray cluster")
+        config = plan.settle(config)
         for line in plan.lines():
             console.print(f"plan: {line}", highlight=False, markup=False)
         return asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console).main())

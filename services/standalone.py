@@ -26,6 +26,7 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
 
     if json_out is not None and json_out.exists():
         raise ConfigError(f"{json_out} exists already; nothing was overwritten")
+    config = resource_plan(config, gpus=local_gpus()).settle(config)
     renderer = _renderer(config)
     splits = load_data(config.data, renderer)
     settings = config.evaluation
@@ -51,6 +52,7 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
 
 def generate_answers(config: Config, prompts: list[str], file: Path | None) -> None:
     """Print one JSON object (prompt, response, finish_reason) per prompt."""
+    config = resource_plan(config, gpus=local_gpus()).settle(config)
     renderer = _renderer(config)
     chat = config.data.prompt_format == "chat"
     texts = [renderer.render(json.dumps(prompt) if chat else prompt) for prompt in prompts]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from services import plan as planning
 from services.config import ConfigError, load
 from services.plan import local_gpus, resource_plan
 
@@ -98,3 +99,21 @@ def test_lines_name_every_role_and_the_sum():
 def test_visible_devices_limit_the_gpus(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert local_gpus() == count
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "vector_units", "planned"),
+    [
+        ("auto", 0, False, "float32"),
+        ("auto", 0, True, "bfloat16"),
+        ("auto", 2, False, "bfloat16"),
+        ("bfloat16", 0, False, "bfloat16"),
+        ("float32", 2, True, "float32"),
+    ],
+)
+def test_auto_computes_in_bfloat16_where_the_hardware_does(monkeypatch, asked, gpus, vector_units, planned):
+    monkeypatch.setattr(planning, "_cpu_computes_bfloat16", lambda: vector_units)
+    config = load(None, [*NEEDED, f"--policy.dtype={asked}"])
+    found = resource_plan(config, gpus=gpus, cores=2)
+    assert found.settle(config).policy.dtype == found.dtype == planned
+    assert planned in found.lines()[-1]
