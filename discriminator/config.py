@@ -108,8 +108,8 @@ class ScoringConfig(Section):
     cpus: PositiveFloat = 0.5
     """Logical Ray CPUs per replica."""
 
-    threads: PositiveInt = 1
-    """Torch threads per replica."""
+    threads: PositiveInt | None = None
+    """Torch threads per replica (None: the node's cores divided by the replicas)."""
 
     max_batch_groups: PositiveInt = 32
     """Groups scored together at most."""

@@ -277,7 +277,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     # The one kernel DeepSpeed would compile here all-reduces inference over shared memory; training never
-    # asks for that. Its build waits without a deadline for whoever holds the build folder's lock, dead or alive.
+    # asks for that. Its build waits without a deadline for the build folder's lock, be its holder dead.
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")

@@ -25,9 +25,13 @@ import ray
 
 POLL_S = 20.0
 # A step allocates and frees the same large tensors each time. glibc would give them back to the kernel and
-# fault every
-# page in again, a fifth of a CPU step's time.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
+# fault every page in again, up to half of a CPU step's time. One arena, because Ray runs the work on another
+# thread than the main one, and only the main arena can keep large blocks.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+}
 
 
 class RankError(RuntimeError):

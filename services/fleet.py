@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from learner.trainer import KEEP_MEMORY
 from rollout.worker import RolloutWorker
 from services.config import Config
 from services.plan import ResourcePlan
@@ -37,7 +38,7 @@ class RolloutFleet:
 
     def _create(self, index: int) -> Any:
         config = self.config
-        environment = {
+        environment = KEEP_MEMORY | {
             "OMP_NUM_THREADS": str(self.role.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
+from learner.trainer import KEEP_MEMORY
 
 HTTP = FastAPI(title="rlgaf discriminator", version="1")
 
@@ -157,7 +158,7 @@ def deploy(
         ray_actor_options={
             "num_cpus": scoring.cpus,
             "num_gpus": 1 if use_gpu else 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)}},
         },
     ).bind(config, model, model_dtype, store, threads, os.environ.get(scoring.http_token, ""))
     return serve.run(app, name=name, route_prefix="/" if scoring.http else None)
