@@ -167,6 +167,13 @@ class Renderer:
         except TemplateError as error:
             raise DataError(f"the chat template of {self._model!r} refuses the prompt: {error}") from error
 
+    def shown(self, prompt: str) -> str:
+        """A prompt as a reader of samples wants it: without the template; of a chat, its last message."""
+        if self._data.prompt_format == "text":
+            return prompt
+        messages = json.loads(prompt)
+        return messages if isinstance(messages, str) else str(messages[-1]["content"])
+
     def encode(self, text: str) -> list[int]:
         """Prompt ids of rendered text, with the tokenizer's prefix (BOS) for plain text."""
         return self.prefix + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -140,9 +140,14 @@ class Evaluator:
         ):
             answers.setdefault(identifier, []).append(text)
         rows = [
-            {"prompt_id": identifier, "prompt": prompt, "human": person, "model": text}
+            {
+                "prompt_id": identifier,
+                "prompt": self.system.renderer.shown(prompt),
+                "human": person,
+                "model": text,
+            }
             for identifier, prompt, person in zip(
-                *(human[name].to_pylist() for name in ("prompt_id", "prompt_text", "response")), strict=True
+                *(human[name].to_pylist() for name in ("prompt_id", "prompt", "response")), strict=True
             )
             for text in answers[identifier]
         ]

@@ -171,3 +171,15 @@ def test_unknown_models_and_wrong_sizes(tiny_model: Path, tmp_path: Path) -> Non
     tokenizer.add_tokens(["<|more|>"])
     with pytest.raises(DataError, match="vocabulary mismatch"):
         check_model(policy, DataConfig(max_prompt_tokens=64), SamplingConfig(), tokenizer)
+
+
+def test_samples_show_the_users_words_without_the_template(tiny_model):
+    policy = PolicyConfig(model=str(tiny_model))
+    tokenizer = load_tokenizer(policy)
+    text = Renderer(tokenizer, DataConfig(demonstrations="d", prompt_template="Sum up: {prompt}"), policy)
+    assert text.shown("a cat") == "a cat"
+    chat = DataConfig(demonstrations="d", prompt_format="chat")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a cat"}]
+    assert Renderer(tokenizer, chat, policy).shown(json.dumps(turns)) == "a cat"
+    assert Renderer(tokenizer, chat, policy).shown(json.dumps("a dog")) == "a dog"
