@@ -188,6 +188,7 @@ class Controller:
                     "disc": (self.step - scored["disc_version"].to_numpy()).tolist(),
                 },
                 "responses": self.ledger.check(),
+                "rollout": {"replacements": self.system.replacements},
                 "seconds": self.timer.take(),
                 "memory_mib": {"controller": process_memory()["rss"]},
             },

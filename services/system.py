@@ -6,7 +6,7 @@ dies ends the run with its own error; the run resumes from its last checkpoint.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,7 @@ class System:
             requests = requests.set_column(
                 requests.column_names.index("seed"), requests.schema.field("seed"), unseeded
             )
-        while True:
-            try:
-                return await self.fleet.generate(requests, min_version)
-            except FleetError as error:
-                await self._mend(error)
+        return await self._asked(lambda: self.fleet.generate(requests, min_version))
 
     async def score(self, batch: pa.Table, version: int) -> list[dict[str, Any]]:
         """Per-token scores and spans for every row of `batch`, each group judged by `version`."""
@@ -286,9 +282,8 @@ class System:
             step,
             settings.seed,
         )
-        return await self.fleet.sample(
-            requests, {"temperature": settings.temperature, "top_p": settings.top_p}
-        )
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        return await self._asked(lambda: self.fleet.sample(requests, sampling))
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
@@ -355,6 +350,14 @@ class System:
                 del answer["replace"]
                 return answer
             await self._replace(FleetError(answer["error"], answer["replace"]))
+
+    async def _asked(self, ask: Callable[[], Awaitable[pa.Table]]) -> pa.Table:
+        """The fleet's answer; while workers die over it they are replaced and all are asked again."""
+        while True:
+            try:
+                return await ask()
+            except FleetError as error:
+                await self._mend(error)
 
     async def _mend(self, error: FleetError) -> None:
         """Replace failed workers and bring them up to the current version."""

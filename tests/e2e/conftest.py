@@ -3,9 +3,13 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
+import launching
 import pytest
 import ray
+from launching import PROMPTS, SAMPLES, START_S, STEPS, Launch
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,58 @@ def ray_cluster() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def configuration(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_demonstrations: Path
+) -> Path:
+    """TOML of a run of 8 steps; its run folders lie beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = folder / "run.toml"
+    file.write_text(
+        f"""
+        [run]
+        output = "{folder}"
+        steps = {STEPS}
+        prompts_per_step = {PROMPTS}
+        checkpoint_every = 0
+        [data]
+        demonstrations = "{tiny_demonstrations}"
+        max_prompt_tokens = 32
+        heldout_fraction = 0.2
+        selection_fraction = 0.2
+        test_fraction = 0.2
+        [policy]
+        model = "{tiny_model}"
+        dtype = "float32"
+        [sampling]
+        group_size = {SAMPLES}
+        max_tokens = 16
+        [rollout]
+        start_timeout_s = {START_S}
+        [learner]
+        lr = 1e-3
+        start_timeout_s = {START_S}
+        [discriminator]
+        lr = 1e-3
+        start_timeout_s = {START_S}
+        batch_size = 16
+        warmup_max_steps = 10
+        [discriminator.health]
+        enabled = false  # or the discriminator, which wins here, would pause
+        [evaluation]
+        every = 4
+        prompts = 16
+        test_prompts = 16
+        bootstrap = 100
+        embedding_model = "none"
+        """
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def launch(configuration: Path) -> Launch:
+    """`launch(name, {"run.steps": "3"}, resume=..., meanwhile=...)` runs `rlgaf train` to its end."""
+    return partial(launching.launch, configuration)

@@ -4,30 +4,22 @@ One unbroken exact run is the measure: an interrupted and resumed one must repea
 run at lags of two shows the bounds and the accounts.
 """
 
-import ctypes
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from launching import PROMPTS, ROOT, SAMPLES, STEPS, Finished, Launch, environment
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
-STEPS = 8
-START_S = 900  # a busy machine may take its time; a run alone on two cores is up in one minute
-PROMPTS, SAMPLES = 4, 4
 PROMISED = ("c2st", "nll", "rouge_l", "chrf", "distinct_2", "self_bleu", "length_mean", "copy_rate")
 EXACT = {"run.exact": "true", "run.checkpoint_every": "3", "run.keep_checkpoints": "9"}
 LAGS = {
@@ -36,146 +28,6 @@ LAGS = {
     "run.steps": "6",
     "discriminator.level": '"token"',
 }
-PR_SET_CHILD_SUBREAPER = 36
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that has ended."""
-
-    folder: Path
-    code: int
-    output: str
-    left: list[str]
-    """Command lines of processes that outlived it."""
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text())
-
-
-Launch = Callable[..., Finished]
-
-
-@pytest.fixture(scope="module")
-def configuration(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_demonstrations: Path
-) -> Path:
-    """TOML of a run of 8 steps; its run folders lie beside it."""
-    folder = tmp_path_factory.mktemp("whole")
-    file = folder / "run.toml"
-    file.write_text(
-        f"""
-        [run]
-        output = "{folder}"
-        steps = {STEPS}
-        prompts_per_step = {PROMPTS}
-        checkpoint_every = 0
-        [data]
-        demonstrations = "{tiny_demonstrations}"
-        max_prompt_tokens = 32
-        heldout_fraction = 0.2
-        selection_fraction = 0.2
-        test_fraction = 0.2
-        [policy]
-        model = "{tiny_model}"
-        dtype = "float32"
-        [sampling]
-        group_size = {SAMPLES}
-        max_tokens = 16
-        [rollout]
-        start_timeout_s = {START_S}
-        [learner]
-        lr = 1e-3
-        start_timeout_s = {START_S}
-        [discriminator]
-        lr = 1e-3
-        start_timeout_s = {START_S}
-        batch_size = 16
-        warmup_max_steps = 10
-        [discriminator.health]
-        enabled = false  # or the discriminator, which wins here, would pause
-        [evaluation]
-        every = 4
-        prompts = 16
-        test_prompts = 16
-        bootstrap = 100
-        embedding_model = "none"
-        """
-    )
-    return file
-
-
-@pytest.fixture(scope="module")
-def launch(configuration: Path) -> Launch:
-    """`launch(name, {"run.steps": "3"}, resume=..., meanwhile=...)` runs `rlgaf train` to its end."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def start(
-        name: str,
-        overrides: dict[str, str],
-        *,
-        resume: bool = False,
-        meanwhile: Callable[[subprocess.Popen[str], Path], None] | None = None,
-    ) -> Finished:
-        folder = configuration.parent / name
-        log = configuration.parent / f"{name}{'-resumed' if resume else ''}.log"
-        words = [f"--run.name={name}", *(f"--{field}={value}" for field, value in overrides.items())]
-        command = [sys.executable, "-m", "services.cli", "train", str(configuration), *words]
-        before = set(psutil.Process().children(recursive=True))
-        # What the run leaves behind becomes a child of this process instead of init's, and is found.
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        try:
-            with log.open("w") as out:
-                process = subprocess.Popen(
-                    command + ["--resume"] * resume,
-                    cwd=ROOT,
-                    env=environment(),
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-                try:
-                    if meanwhile is not None:
-                        meanwhile(process, folder)
-                    code = process.wait(timeout=1500)
-                finally:
-                    if process.poll() is None:
-                        process.send_signal(signal.SIGTERM)
-                        process.wait(timeout=60)
-            left = alive([p for p in psutil.Process().children(recursive=True) if p not in before])
-        finally:
-            libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-        return Finished(folder, code, log.read_text(), left)
-
-    return start
-
-
-def environment() -> dict[str, str]:
-    """This process's environment without a Ray cluster that the run would join, and without Ray's memory
-    monitor, which would end the run for the memory of others."""
-    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return own | {"OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
-
-
-def alive(processes: list[psutil.Process], grace_s: float = 10.0) -> list[str]:
-    """Command lines of those that do not end within the grace period; zombies have ended."""
-    deadline = time.monotonic() + grace_s
-    while True:
-        running = []
-        for process in processes:
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    running.append(" ".join(process.cmdline()))
-            except psutil.NoSuchProcess:
-                continue
-        if not running or time.monotonic() > deadline:
-            return running
-        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""A run with two of everything: learner ranks under ZeRO-2 with LoRA, discriminator ranks, rollout workers of
+which one is killed, scoring replicas.
+"""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import PROMPTS, SAMPLES, Finished, Launch
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+TWO_OF_EVERYTHING = {
+    "run.steps": "5",
+    "rollout.workers": "2",
+    "rollout.cpus_per_worker": "0.2",
+    "learner.ranks": "2",
+    "learner.cpus_per_rank": "0.2",
+    "learner.zero_stage": "2",
+    "learner.lora.rank": "4",
+    "discriminator.ranks": "2",
+    "discriminator.cpus_per_rank": "0.2",
+    "discriminator.zero_stage": "2",
+    "discriminator.lora.rank": "4",
+    "discriminator.scoring.replicas": "2",
+    "discriminator.scoring.cpus": "0.2",
+}
+
+
+def kill_a_rollout_worker(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """SIGKILL for one of the two as soon as the first step is in the metrics."""
+    deadline = time.monotonic() + 1200
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
+            workers = [
+                child
+                for child in psutil.Process(process.pid).children(recursive=True)
+                if child.status() != psutil.STATUS_ZOMBIE and "RolloutWorker" in " ".join(child.cmdline())
+            ]
+            assert len(workers) == 2
+            workers[0].send_signal(signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def scaled(launch: Launch) -> Finished:
+    return launch("scaled", TWO_OF_EVERYTHING, meanwhile=kill_a_rollout_worker)
+
+
+def test_a_killed_rollout_worker_is_replaced_and_the_run_goes_on(scaled):
+    assert scaled.code == 0, scaled.output[-3000:]
+    assert scaled.left == []
+    assert [row["step"] for row in scaled.rows] == [1, 2, 3, 4, 5]
+    assert scaled.summary["responses"]["trained"] == 5 * PROMPTS * SAMPLES
+    assert scaled.summary["responses"]["dropped"] == scaled.summary["responses"]["failed"] == 0
+    assert scaled.rows[-1]["rollout/replacements"] == 1
+
+
+def test_merged_adapters_reach_every_worker(scaled):
+    """The old workers and the new one sample from the weights that the learner holds."""
+    assert all(0 <= row["policy/mismatch_max"] < 1e-4 for row in scaled.rows)
+    assert all(row["policy/kl"] > 0 for row in scaled.rows[1:]), "the policy never moved"
