@@ -32,6 +32,9 @@ KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
 }
+# Ray Train's controller polls its ranks only to see them die; what they do is seen through the mailbox. Its
+# preemption watcher has nobody to tell.
+TRAIN_CONTROLLER = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 class RankError(RuntimeError):
@@ -210,6 +213,9 @@ class TrainerGroup:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        for name, value in TRAIN_CONTROLLER.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{self.plan.start_timeout_s:g}")
         resources: dict[str, float] = {"CPU": self.plan.cpus_per_rank}
         if self.plan.use_gpu:
             resources["GPU"] = 1

@@ -130,6 +130,7 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
 
     # More processes than CPUs are this system's normal state: they take turns. Ray would warn about it.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if local_gpus() else "cpu")
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
