@@ -17,8 +17,10 @@ from benchmarks.contender import Result, Timer
 from benchmarks.tables import scored_table
 from benchmarks.workload import Workload
 from learner.attention import dense_mask
+from learner.batching import make_batches
 from learner.config import LearnerConfig
-from learner.policy import PolicyLearner, Samples, make_batches
+from learner.policy import PolicyLearner
+from learner.samples import Samples
 
 LR = 1e-6
 

@@ -1,11 +1,18 @@
 """From token rewards to advantages and importance weights, on flat arrays of a step's response tokens.
 
-Tokens of trajectory i are `offsets[i]:offsets[i+1]`; empty trajectories are allowed.
+Tokens of trajectory i are `offsets[i]:offsets[i+1]`; empty trajectories are allowed. Everything here sees the
+whole step on every rank, so no advantage depends on how the step is split.
+
+Estimators were published for one reward per response. Here a trajectory's score R_i is the mean of its
+tokens' returns, which is that reward when it comes at the end and gamma = 1; a token's advantage is its own
+return set against the scores of the prompt's group.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+
+from learner.config import Advantage
 
 
 def discounted_returns(rewards: torch.Tensor, offsets: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -52,18 +59,130 @@ def advantages(
         total = _sum_by(returns * share, key[trajectory])
         number = _sum_by(share, key[trajectory])
         result -= (total / number)[key[trajectory]]
-    if whiten and len(result):
-        result = (result - result.mean()) / (result.std(unbiased=False) + 1e-8)
-    return result
+    return whitened(result) if whiten else result
+
+
+def whitened(values: torch.Tensor) -> torch.Tensor:
+    """Values [N] centred and divided by their standard deviation."""
+    if len(values) == 0:
+        return values.clone()
+    return (values - values.mean()) / (values.std(unbiased=False) + 1e-8)
+
+
+def leave_one_out(returns: torch.Tensor, offsets: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """RLOO: G_t - mean of R_j over the group's other trajectories, [N] (Ahmadian et al. 2024, "Back to
+    Basics").
+
+    The only trajectory with tokens of its group has nobody to be compared with: its advantage is zero.
+    """
+    score, number, key, trajectory = _group_scores(returns, offsets, groups)
+    others = (_sum_by(score, key)[key] - score) / (number - 1).clamp_min(1)
+    compared = (number > 1).double()
+    return ((returns.double() - others[trajectory]) * compared[trajectory]).to(returns.dtype)
+
+
+def group_standardised(returns: torch.Tensor, offsets: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """GRPO: (G_t - mean of the group's R) / standard deviation of the group's R, [N] (Shao et al. 2024,
+    "DeepSeekMath", sec. 4.1.2).
+
+    The variance divides by n - 1. The only trajectory with tokens of its group gets zero.
+    """
+    score, number, key, trajectory = _group_scores(returns, offsets, groups)
+    mean = _sum_by(score, key)[key] / number.clamp_min(1)
+    # Trajectories without tokens have no score and no part in a group's spread.
+    squares = (score - mean).square() * (offsets.diff() > 0)
+    std = (_sum_by(squares, key)[key] / (number - 1).clamp_min(1)).sqrt()
+    scale = torch.where(number > 1, 1.0 / (std + 1e-6), 0.0)
+    return ((returns.double() - mean[trajectory]) * scale[trajectory]).to(returns.dtype)
+
+
+def generalised_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, gamma: float, lam: float
+) -> torch.Tensor:
+    """GAE: A_t = sum_k (gamma lam)^k d_{t+k}, d_t = r_t + gamma V_{t+1} - V_t, [N] (Schulman et al. 2016, eq.
+    16).
+
+    `values` [N] are the critic's, of the state before each token; a response ends its episode, V = 0.
+    """
+    following = torch.zeros_like(values)
+    following[:-1] = values[1:]
+    last = offsets[1:][offsets.diff() > 0] - 1
+    following[last] = 0.0
+    return discounted_returns(rewards + gamma * following - values, offsets, gamma * lam)
+
+
+def estimate_advantages(
+    advantage: Advantage,
+    rewards: torch.Tensor,
+    offsets: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    gamma: float = 1.0,
+    baseline: Literal["none", "batch", "group"] = "batch",
+    whiten: bool = False,
+    values: torch.Tensor | None = None,
+    gae_lambda: float = 0.95,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages by the estimator's name (`LearnerConfig.advantage`) and the returns behind them, both [N].
+
+    `baseline` counts for "return" only, `values` and `gae_lambda` for "gae", whose returns A + V are what its
+    critic is to predict. Raises ValueError for an unknown name, or "gae" without values.
+    """
+    if advantage == "gae":
+        if values is None:
+            raise ValueError('advantage = "gae" needs the values of a critic')
+        result = generalised_advantages(rewards, values, offsets, gamma, gae_lambda)
+        return whitened(result) if whiten else result, result + values
+    returns = discounted_returns(rewards, offsets, gamma)
+    if advantage == "return":
+        result = advantages(returns, offsets, groups, baseline=baseline)
+    elif advantage == "rloo":
+        result = leave_one_out(returns, offsets, groups)
+    elif advantage == "grpo":
+        result = group_standardised(returns, offsets, groups)
+    elif advantage == "dr_grpo":
+        result = advantages(returns, offsets, groups, baseline="group")
+    elif advantage == "reinforce_plus_plus":
+        result = whitened(returns)
+    else:
+        raise ValueError(f"unknown advantage {advantage!r}; choose one of {', '.join(get_args(Advantage))}")
+    return whitened(result) if whiten else result, returns
+
+
+def _group_scores(
+    returns: torch.Tensor, offsets: torch.Tensor, groups: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score of each trajectory, number of scored trajectories of its group, its group's number (all
+    [trajectories], the first in double precision: equal scores must leave no spread) and the trajectory of
+    each token."""
+    lengths = offsets.diff()
+    trajectory = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    _, key = torch.unique(groups, return_inverse=True)
+    total = torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, trajectory, returns.double())
+    number = _sum_by((lengths > 0).double(), key)[key]
+    return total / lengths.clamp_min(1), number, key, trajectory
 
 
 def _sum_by(values: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.zeros(int(key.max()) + 1, dtype=values.dtype).index_add_(0, key, values)
 
 
-def importance_weights(old: torch.Tensor, sampler: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """min(p_learner / p_sampler, cap) per token, detached; ones without a cap (Ionides 2008, "Truncated
-    importance sampling")."""
+def importance_weights(
+    old: torch.Tensor,
+    sampler: torch.Tensor,
+    cap: float | None,
+    *,
+    masked: bool = False,
+    floor: float = 0.0,
+) -> torch.Tensor:
+    """Weight w = p_learner / p_sampler per token, detached; ones without a cap.
+
+    Truncated: min(w, cap) (Ionides 2008, "Truncated importance sampling"). `masked`: w where floor <= w <=
+    cap, else 0, so that the token teaches nothing (IcePop, Ling Team 2025, "Every Step Evolves").
+    """
     if cap is None:
         return torch.ones_like(old)
-    return (old - sampler).detach().exp().clamp(max=cap)
+    weight = (old - sampler).detach().exp()
+    if masked:
+        return torch.where((weight >= floor) & (weight <= cap), weight, 0.0)
+    return weight.clamp(max=cap)

@@ -10,6 +10,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from rollout.config import Section
 
+Advantage = Literal["return", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "gae"]
+PolicyLoss = Literal["reinforce", "ppo_clip", "gspo"]
+
 
 class LoraConfig(Section):
     """Low-rank adapters in place of full fine-tuning (peft)."""
@@ -90,6 +93,20 @@ class OptimizerConfig(Section):
         return self
 
 
+class CriticConfig(Section):
+    """The critic of `advantage = "gae"`: the policy's base model with a value head, all its weights trained.
+
+    What is not set here (ranks, ZeRO stage, optimizer, packing) is as for the policy.
+    """
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate; its schedule is the policy's."""
+
+    clip: PositiveFloat | None = 0.2
+    """A value that has moved further than this from its value at the step's start earns nothing more (None:
+    no clipping)."""
+
+
 class LearnerConfig(OptimizerConfig):
     """How scored trajectories become new policy weights."""
 
@@ -113,28 +130,48 @@ class LearnerConfig(OptimizerConfig):
     minibatches: PositiveInt = 1
     """Optimizer updates per pass; groups are never split between minibatches."""
 
-    loss: Literal["reinforce", "ppo_clip"] = "reinforce"
-    """Policy loss. With epochs = minibatches = 1 the ratio is one and both have the same gradient."""
+    loss: PolicyLoss = "reinforce"
+    """Policy loss: `reinforce`, `ppo_clip` (ratios clipped token by token) or `gspo` (one clipped ratio a
+    response; its bounds are far smaller, the paper's are 3e-4 and 4e-4). With epochs = minibatches = 1 the
+    ratio is one and all have the same gradient."""
 
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """PPO: ratios below 1 - clip_low earn nothing more."""
+    """ppo_clip, gspo: ratios below 1 - clip_low earn nothing more."""
 
     clip_high: PositiveFloat = 0.2
-    """PPO: ratios above 1 + clip_high earn nothing more."""
+    """ppo_clip, gspo: ratios above 1 + clip_high earn nothing more; above clip_low it is "clip-higher"."""
+
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """ppo_clip: bound on the ratio of tokens with a negative advantage (3 in the paper; None: no bound)."""
+
+    advantage: Advantage = "return"
+    """Estimator: `return` (discounted return minus `baseline`), `rloo` (minus the mean of the group's
+    others), `grpo` (minus the group's mean, over its standard deviation), `dr_grpo` (minus the group's mean,
+    with normalise = "constant"), `reinforce_plus_plus` (return whitened over the step) or `gae` (with a
+    critic)."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] | None = None
     """Discount of later tokens' rewards in a token's return (None: 1 with sequence-level rewards, .25 per
     token).
     """
 
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """gae: 1 trusts the rewards (little bias), 0 the critic (little variance)."""
+
     baseline: Literal["none", "batch", "group"] = "batch"
-    """What is subtracted from returns: nothing, the batch mean, or the mean over the prompt's group."""
+    """return: what is subtracted: nothing, the batch mean, or the mean over the prompt's group."""
 
     whiten: bool = False
-    """Scale a step's advantages to unit standard deviation."""
+    """return, rloo, gae: scale a step's advantages to mean zero and unit standard deviation."""
 
     kl_coef: NonNegativeFloat = 0.01
     """Weight of the KL divergence from the reference (the base model); 0 loads no reference."""
+
+    kl_target: PositiveFloat | None = None
+    """Adapt `kl_coef` after each step so that the KL, in nats per token, comes to this (None: fixed)."""
+
+    kl_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """With kl_target: the coefficient changes by at most a fifth of this share in one step."""
 
     kl_estimator: Literal["k1", "k2", "k3"] = "k2"
     """Per-token estimator of that KL. As a loss, k2 has the exact gradient in expectation and k1 has none."""
@@ -145,18 +182,39 @@ class LearnerConfig(OptimizerConfig):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
-    importance_cap: PositiveFloat | None = 2.0
-    """Truncated importance sampling: weights of learner over sampler are capped here (None: no
-    correction)."""
+    importance: Literal["truncated", "masked"] = "truncated"
+    """What happens to weights of learner over sampler out of bounds: above `importance_cap` they are set to
+    it, or below `importance_floor` and above `importance_cap` the token is left out of the policy loss."""
 
-    normalise: Literal["token", "sequence"] = "token"
-    """Mean of the loss over the step's tokens, or over its sequences of each sequence's mean."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Upper bound of importance weights (None: no correction)."""
+
+    importance_floor: NonNegativeFloat = 0.0
+    """masked: lower bound of importance weights."""
+
+    normalise: Literal["token", "sequence", "constant"] = "token"
+    """Mean of the loss over the step's tokens; over its sequences of each sequence's mean; or over its
+    sequences of each sequence's sum, divided by `constant_length` whatever its length."""
+
+    constant_length: PositiveInt | None = None
+    """normalise = "constant": the length that every sequence counts for (None: the run's longest
+    response)."""
+
+    critic: CriticConfig = CriticConfig()
+    """The critic of `advantage = "gae"`."""
 
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
 
+    @property
+    def needs_groups(self) -> bool:
+        """Whether advantages compare the responses to one prompt, so that there must be more than one."""
+        return self.advantage in ("rloo", "grpo", "dr_grpo") or (
+            self.advantage == "return" and self.baseline == "group"
+        )
+
     @model_validator(mode="after")
-    def _consistent(self) -> "LearnerConfig":
+    def _kl_consistent(self) -> "LearnerConfig":
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 'kl_estimator = "k1" has zero gradient in expectation as a loss; use "k2" or "k3", '
@@ -167,11 +225,76 @@ class LearnerConfig(OptimizerConfig):
                 f'kl_in = "reward" with kl_estimator = "{self.kl_estimator}" has a biased gradient; '
                 'set kl_estimator = "k1"'
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                "kl_target adapts kl_coef by factors, which leaves 0 at 0; set kl_coef to the coefficient to "
+                "begin with, or drop kl_target"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _advantage_consistent(self) -> "LearnerConfig":
+        if self.advantage != "return" and self.baseline != "batch":
+            raise ValueError(
+                f'baseline = "{self.baseline}" is read by advantage = "return" alone; '
+                f'advantage = "{self.advantage}" brings its own: drop baseline'
+            )
+        if self.whiten and self.advantage in ("grpo", "dr_grpo", "reinforce_plus_plus"):
+            raise ValueError(
+                f'advantage = "{self.advantage}" fixes its own scale, which whiten = true would undo; '
+                "drop whiten"
+            )
+        if self.advantage == "dr_grpo" and self.normalise != "constant":
+            raise ValueError(
+                'advantage = "dr_grpo" is defined with a loss that favours no length: set normalise = '
+                '"constant", or take advantage = "return" with baseline = "group"'
+            )
+        if self.advantage == "reinforce_plus_plus" and self.kl_coef > 0 and self.kl_in != "reward":
+            raise ValueError(
+                'advantage = "reinforce_plus_plus" whitens returns with the KL in them: set kl_in = "reward" '
+                'and kl_estimator = "k1", or kl_coef = 0'
+            )
+        if self.constant_length is not None and self.normalise != "constant":
+            raise ValueError(
+                f'constant_length is read with normalise = "constant", not "{self.normalise}"; drop one'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_consistent(self) -> "LearnerConfig":
         if self.loss == "reinforce" and self.epochs * self.minibatches > 1:
             raise ValueError(
                 'loss = "reinforce" is on-policy: set epochs = 1 and minibatches = 1, '
                 'or loss = "ppo_clip" to reuse samples'
             )
+        if self.dual_clip is not None and self.loss != "ppo_clip":
+            raise ValueError(
+                f'dual_clip bounds the ratio of loss = "ppo_clip"; "{self.loss}" has none: drop it'
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"dual_clip = {self.dual_clip} is within the clip range that ends at {1 + self.clip_high}; "
+                "raise it (3 is usual)"
+            )
+        if self.loss == "gspo" and self.normalise != "sequence":
+            raise ValueError(
+                f'loss = "gspo" is a mean over sequences: set normalise = "sequence", not "{self.normalise}"'
+            )
+        if self.importance == "masked" and self.importance_cap is None:
+            raise ValueError('importance = "masked" needs importance_cap, the upper bound of what is kept')
+        if self.importance == "truncated" and self.importance_floor > 0:
+            raise ValueError(
+                'importance_floor is the lower bound of importance = "masked"; truncated weights have none'
+            )
+        if self.importance == "masked" and not self.importance_floor <= 1 <= (self.importance_cap or 1):
+            raise ValueError(
+                f"importance_floor = {self.importance_floor} to importance_cap = {self.importance_cap} "
+                "leaves out the weight 1 of a sampler that agrees with the learner; put 1 between them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "LearnerConfig":
         if self.pack_length > self.micro_batch_tokens:
             raise ValueError(
                 f"pack_length = {self.pack_length} exceeds micro_batch_tokens = {self.micro_batch_tokens}; "

@@ -151,16 +151,21 @@ class TrainableModel:
         return torch.distributed.get_world_size()
 
     def step(
-        self, micro_batches: Sequence[Batch], loss_fn: Callable[[nn.Module, Batch], LossOutput]
+        self,
+        micro_batches: Sequence[Batch],
+        loss_fn: Callable[[nn.Module, Batch], LossOutput],
+        *,
+        lr_factor: float = 1.0,
     ) -> dict[str, float]:
-        """One optimizer update from this rank's micro-batches. Returns sums and maxima over all of the step's
-        micro-batches and ranks, `grad_norm` (before clipping) and `lr`.
+        """One optimizer update from this rank's micro-batches, its learning rate scaled by `lr_factor` (at 0
+        the weights stay). Returns sums and maxima over all of the step's micro-batches and ranks, `grad_norm`
+        (before clipping) and `lr`.
 
         Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any
         more.
         """
         self.engine.train()
-        factor = schedule_factor(self.cfg, self.updates)
+        factor = schedule_factor(self.cfg, self.updates) * lr_factor
         for group, peak in zip(self.engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         sums: dict[str, torch.Tensor] = {}

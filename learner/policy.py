@@ -4,136 +4,49 @@ Rewards arrive as the column `token_rewards` of the trajectories and in no other
 whole step's table and takes its share of it by a rule that all ranks compute alike, so shares, advantages and
 normalisation need no talk between ranks:
 
-    pack -> (old log-probabilities) -> (reference log-probabilities) -> advantages -> loss -> engine.step
+    pack -> (old log-probabilities) -> (reference log-probabilities) -> (values) -> advantages -> loss -> step
 
 A step with one update needs no pass for old log-probabilities: they are the current ones, detached.
 """
 
-import copy
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from learner import lora
-from learner.advantages import advantages, discounted_returns, importance_weights
-from learner.attention import attention_implementation
+from learner.advantages import estimate_advantages, importance_weights
+from learner.batching import evaluate, minibatches, rank_batches, token_shares
 from learner.config import LearnerConfig
+from learner.critic import Critic
 from learner.engine import TrainableModel, resolve_device, resolve_dtype
-from learner.kl import kl_estimate
+from learner.export import export_plain, plain_weights
+from learner.kl import adapted_coefficient, kl_estimate
 from learner.logprobs import ScoredModel
 from learner.losses import LossOutput, PolicyLossInputs, policy_loss
-from learner.packing import Group, PackedBatch, make_groups, pack, pad_batches, split_for_ranks, unpacked
-from rollout.config import PolicyConfig
+from learner.packing import Group, PackedBatch
+from learner.pretrained import load_causal_lm
+from learner.samples import Samples, flat_column
 
-
-def load_causal_lm(
-    name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a causal LM by hub name or folder, ready for packed rows."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=dtype,
-        attn_implementation=attention_implementation(device),
-        trust_remote_code=trust_remote_code,
-    )
-    return model.to(device)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A step's trajectories as flat arrays; tokens of trajectory i are `offsets[i]:offsets[i+1]`."""
-
-    groups: list[Group]
-    offsets: torch.Tensor
-    group_index: torch.Tensor
-    """Group number of each trajectory."""
-
-    @property
-    def tokens(self) -> int:
-        return int(self.offsets[-1])
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> "Samples":
-        """From `prompt_ids`, `response_ids` and (where present) `group_id`; rows without one are groups of
-        their own."""
-        prompts, responses = ragged(table, "prompt_ids"), ragged(table, "response_ids")
-        named = "group_id" in table.column_names
-        keys: list[Any] = table["group_id"].to_pylist() if named else list(range(len(table)))
-        lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        index = torch.tensor([numbers[key] for key in keys], dtype=torch.int64)
-        return cls(make_groups(prompts, responses, keys), offsets, index)
-
-
-def ragged(table: pa.Table, column: str) -> list[np.ndarray]:
-    """Rows of a list column as numpy arrays."""
-    chunks = table[column].combine_chunks()
-    values = chunks.values.to_numpy(zero_copy_only=False)
-    offsets = chunks.offsets.to_numpy()
-    return [values[lo:hi] for lo, hi in pairwise(offsets)]
-
-
-def flat_column(table: pa.Table, column: str, samples: Samples) -> torch.Tensor:
-    """A per-token list column in flat order, fp32. Raises ValueError when a row's length is not that of its
-    response."""
-    rows = ragged(table, column)
-    for i, (row, want) in enumerate(zip(rows, samples.offsets.diff().tolist(), strict=True)):
-        if len(row) != want:
-            raise ValueError(f"row {i}: {column} has {len(row)} entries for a response of {want} tokens")
-    flat = np.concatenate(rows).astype(np.float32) if rows else np.zeros(0, dtype=np.float32)
-    if not np.isfinite(flat).all():
-        raise ValueError(f"{column} holds values that are not finite")
-    return torch.from_numpy(flat)
-
-
-@torch.no_grad()
-def mean_nll(policy: PolicyConfig, cfg: LearnerConfig, table: pa.Table, *, temperature: float = 1.0) -> float:
-    """Mean negative log-likelihood, nats per token, of a table's responses under a model, without an engine.
-
-    Reads `prompt_ids`, `response_ids` and, if there, `group_id`. Raises ValueError without response tokens.
-    """
-    samples = Samples.from_table(table)
-    if samples.tokens == 0:
-        raise ValueError("the table has no response token to judge")
-    device = resolve_device(cfg.device)
-    network = load_causal_lm(
-        policy.model,
-        dtype=resolve_dtype(cfg.compute_dtype, policy.dtype, device),
-        device=device,
-        trust_remote_code=policy.trust_remote_code,
-    )
-    model = ScoredModel(network, temperature=temperature, chunk=cfg.logits_chunk, packing=cfg.packing).eval()
-    total = sum(
-        float(model(batch.to(device))[0].double().sum()) for batch in make_batches(samples.groups, cfg)
-    )
-    return -total / samples.tokens
-
-
-def make_batches(groups: list[Group], cfg: LearnerConfig) -> list[PackedBatch]:
-    """Micro-batches as configured, without the responses' last tokens, which predict nothing."""
-    if not cfg.packing:
-        return unpacked(groups, micro_batch_tokens=cfg.micro_batch_tokens, keep_last=False)
-    return pack(
-        groups, pack_length=cfg.pack_length, micro_batch_tokens=cfg.micro_batch_tokens, keep_last=False
-    )
+KL_STATE = "kl.json"
 
 
 class PolicyLearner:
-    """The policy, its frozen reference (only with kl_coef > 0) and its optimizer, on one rank of the learner.
+    """The policy, its frozen reference (only with kl_coef > 0), its critic (only with advantage = "gae") and
+    their optimizers, on one rank of the learner.
 
     `model_dtype` is the dtype in which the policy is sampled and exported; the arithmetic here may be wider
     (`LearnerConfig.compute_dtype`). With LoRA the reference is the policy with its adapters switched off.
     """
+
+    kl_coef: float
+    """Weight of the KL; with `kl_target` it changes after each step."""
 
     def __init__(
         self,
@@ -169,6 +82,10 @@ class PolicyLearner:
         self.reference: ScoredModel | None = None
         if cfg.kl_coef > 0 and cfg.lora.rank == 0:
             self.reference = scored(load()).eval().requires_grad_(False)
+        self.critic: Critic | None = None
+        if cfg.advantage == "gae":
+            self.critic = Critic(model, cfg, dtype=self.dtype, trust_remote_code=trust_remote_code)
+        self.kl_coef = cfg.kl_coef
 
     @property
     def module(self) -> PreTrainedModel:
@@ -176,12 +93,12 @@ class PolicyLearner:
         broadcast."""
         return self.trainable.module.model  # type: ignore[return-value]
 
-    def train_step(self, table: pa.Table, step: int) -> dict[str, float]:
+    def train_step(self, table: pa.Table, step: int, lr_factor: float = 1.0) -> dict[str, float]:
         """Update the policy from a step's scored trajectories (whole groups; the same table on every rank).
 
-        Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`. Returns
-        metrics that are equal on all ranks but for the seconds. Raises ValueError for a table without a
-        response token.
+        Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`. `lr_factor`
+        scales this step's learning rate. Returns metrics that are equal on all ranks but for the seconds.
+        Raises ValueError for a table without a response token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -193,33 +110,55 @@ class PolicyLearner:
         clock.lap("pack")
 
         cfg = self.cfg
-        old = reference = None
+        old = reference = values = None
         if cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl_in == "reward"):
-            old = self._evaluate(self.trainable.engine, batches, samples.tokens)[0]
+            old = self._logprobs(self.trainable.engine, batches, samples.tokens)
             clock.lap("old_logprobs")
         if cfg.kl_coef > 0:
             reference = self._reference_logprobs(batches, samples.tokens)
             clock.lap("reference_logprobs")
         if cfg.kl_in == "reward" and old is not None and reference is not None:
-            rewards = rewards - cfg.kl_coef * kl_estimate(old, reference, cfg.kl_estimator)
-        returns = discounted_returns(rewards, samples.offsets, 1.0 if cfg.gamma is None else cfg.gamma)
-        advantage = advantages(
-            returns, samples.offsets, samples.group_index, baseline=cfg.baseline, whiten=cfg.whiten
+            rewards = rewards - self.kl_coef * kl_estimate(old, reference, cfg.kl_estimator)
+        if self.critic is not None:
+            values = self.critic.values(batches, samples.tokens)
+            clock.lap("values")
+        advantage, returns = estimate_advantages(
+            cfg.advantage,
+            rewards,
+            samples.offsets,
+            samples.group_index,
+            gamma=1.0 if cfg.gamma is None else cfg.gamma,
+            baseline=cfg.baseline,
+            whiten=cfg.whiten,
+            values=values,
+            gae_lambda=cfg.gae_lambda,
         )
         columns = {"sampler": sampler, "advantage": advantage}
         if old is not None:
             columns["old"] = old
         if reference is not None:
             columns["reference"] = reference
+        if values is not None:
+            columns |= {"value": values, "target": returns}
         clock.lap("advantages")
 
         history = []
-        for minibatch in self._minibatches(samples.groups, batches, step):
-            shares = _token_shares(minibatch, samples, cfg.normalise)
-            chosen = [b.with_columns(**columns, share=shares).to(self.device) for b in minibatch.batches]
-            history.append(self.trainable.step(chosen, self._loss))
+        place = {"rank": self.trainable.rank, "ranks": self.trainable.ranks}
+        for minibatch in minibatches(samples.groups, batches, cfg, seed=[self.seed, step], **place):
+            columns |= self._shares(minibatch.groups, samples.offsets)
+            chosen = [b.with_columns(**columns).to(self.device) for b in minibatch.batches]
+            update = self.trainable.step(chosen, self._loss, lr_factor=lr_factor)
+            if self.critic is not None:
+                update |= self.critic.update(chosen)
+            history.append(update)
         clock.lap("update")
         metrics = {name: float(np.mean([m[name] for m in history])) for name in history[0]}
+        if values is not None:
+            metrics["critic_explained"] = explained_variance(values, returns)
+        if reference is not None:
+            metrics["kl_coef"] = self.kl_coef
+        if cfg.kl_target is not None:
+            self.kl_coef = adapted_coefficient(self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_gain)
         lengths = samples.offsets.diff().double()
         per_trajectory = torch.zeros(len(lengths)).index_add_(
             0, torch.repeat_interleave(torch.arange(len(lengths)), samples.offsets.diff()), rewards
@@ -246,75 +185,49 @@ class PolicyLearner:
         Reads `prompt_ids` and `response_ids` (and `group_id`, to share prompts).
         """
         samples = Samples.from_table(table)
-        flat, _ = self._evaluate(self.trainable.engine, self._batches(samples.groups), samples.tokens)
+        flat = self._logprobs(self.trainable.engine, self._batches(samples.groups), samples.tokens)
         return np.split(flat.numpy(), samples.offsets[1:-1].numpy())
 
     def save(self, folder: Path | str) -> None:
         """Everything needed to continue exactly; all ranks together."""
+        folder = Path(folder)
+        if self.cfg.kl_target is not None and self.trainable.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / KL_STATE).write_text(json.dumps({"kl_coef": self.kl_coef}))
+        if self.critic is not None:
+            self.critic.save(folder / "critic")
         self.trainable.save(folder)
 
     def load(self, folder: Path | str) -> None:
-        """Continue from `save`; all ranks together."""
+        """Continue from `save`; all ranks together. Raises FileNotFoundError for an incomplete folder."""
+        folder = Path(folder)
         self.trainable.load(folder)
+        if self.critic is not None:
+            self.critic.load(folder / "critic")
+        if self.cfg.kl_target is not None:
+            self.kl_coef = json.loads((folder / KL_STATE).read_text())["kl_coef"]
 
     def weights(self, each: Callable[[str, torch.Tensor], None]) -> None:
-        """Call `each(name, tensor)` with every weight of the plain model, whole, adapters merged, in the
-        export dtype.
-
-        Collective: all ranks call it and all see every weight, one at a time. Tied weights come once, under
-        their first name.
-        """
-        layers = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(self.module)}
-        for name, param in self.module.named_parameters():
-            plain = lora.merged_name(name)
-            if plain is None:
-                continue
-            layer = layers.get(name)
-            with self.trainable.gathered([param] if layer is None else layer.parameters()):
-                whole = param.detach() if layer is None else lora.merged_weight(layer)
-                each(plain, whole.to(self.export_dtype))
+        """Call `each(name, tensor)` with every weight of the plain model, adapters merged, in the export
+        dtype; see `learner.export.plain_weights`. Collective."""
+        plain_weights(self.module, self.trainable, self.export_dtype, each)
 
     def export(self, folder: Path | str) -> None:
         """Write a plain transformers folder (adapters merged); collective, rank 0 writes. The tokenizer is
         the caller's."""
-        state: dict[str, torch.Tensor] = {}
-
-        def keep(name: str, tensor: torch.Tensor) -> None:
-            if self.trainable.rank == 0:
-                state[name] = tensor.to("cpu", copy=True).contiguous()
-
-        self.weights(keep)
-        if self.trainable.rank == 0:
-            plain = _skeleton(self.module, self.export_dtype)
-            plain.load_state_dict(state, strict=False, assign=True)
-            plain.tie_weights()
-            if left := [name for name, tensor in plain.named_parameters() if tensor.is_meta]:
-                raise RuntimeError(f"export lacks {len(left)} weights, among them {left[0]}")
-            plain.save_pretrained(folder)
-        torch.distributed.barrier()
+        export_plain(self.module, self.trainable, self.export_dtype, folder)
 
     def _batches(self, groups: list[Group]) -> list[PackedBatch]:
-        """This rank's micro-batches, as many as on every other rank."""
-        shares = split_for_ranks(groups, self.trainable.ranks)
-        packed = [make_batches(share, self.cfg) for share in shares]
-        return pad_batches(packed[self.trainable.rank], max(len(p) for p in packed))
+        return rank_batches(groups, self.cfg, self.trainable.rank, self.trainable.ranks)
 
-    def _minibatches(self, groups: list[Group], batches: list[PackedBatch], step: int) -> "list[_Minibatch]":
-        """The step's updates: every group once an epoch, in an order that depends only on seed, step and
-        epoch."""
-        if self.cfg.minibatches == 1:
-            return [_Minibatch(groups, batches)] * self.cfg.epochs
-        if len(groups) < self.cfg.minibatches:
-            raise ValueError(
-                f"{len(groups)} groups cannot fill {self.cfg.minibatches} minibatches; lower minibatches"
-            )
-        result = []
-        for epoch in range(self.cfg.epochs):
-            order = np.random.default_rng([self.seed, step, epoch]).permutation(len(groups))
-            for part in np.array_split(order, self.cfg.minibatches):
-                chosen = [groups[i] for i in sorted(part)]
-                result.append(_Minibatch(chosen, self._batches(chosen)))
-        return result
+    def _shares(self, groups: list[Group], offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Columns `share`, of the update's loss, and where it is not that, `mean`, of its diagnostics and of
+        the critic's loss."""
+        cfg = self.cfg
+        shares = {"share": token_shares(groups, offsets, cfg.normalise, cfg.constant_length)}
+        if cfg.normalise == "constant" or self.critic is not None:
+            shares["mean"] = token_shares(groups, offsets, "token")
+        return shares
 
     def _loss(self, model: nn.Module, batch: PackedBatch) -> LossOutput:
         cfg = self.cfg
@@ -326,66 +239,45 @@ class PolicyLearner:
             old_logprob=old,
             sampler_logprob=batch.columns["sampler"],
             advantage=batch.columns["advantage"],
-            importance=importance_weights(old, batch.columns["sampler"], cfg.importance_cap),
+            importance=importance_weights(
+                old,
+                batch.columns["sampler"],
+                cfg.importance_cap,
+                masked=cfg.importance == "masked",
+                floor=cfg.importance_floor,
+            ),
             weight=batch.columns["share"] * batch.weight,
             reference_logprob=batch.columns.get("reference"),
+            trajectory=batch.trajectory,
+            # Shares of a constant length add up to no mean.
+            metric_weight=batch.columns["mean"] * batch.weight if cfg.normalise == "constant" else None,
         )
         return policy_loss(
             inputs,
             loss=cfg.loss,
             clip_low=cfg.clip_low,
             clip_high=cfg.clip_high,
-            kl_coef=cfg.kl_coef if cfg.kl_in == "loss" else 0.0,
+            dual_clip=cfg.dual_clip,
+            kl_coef=self.kl_coef if cfg.kl_in == "loss" else 0.0,
             kl_estimator=cfg.kl_estimator,
             entropy_coef=cfg.entropy_coef,
         )
 
     def _reference_logprobs(self, batches: list[PackedBatch], tokens: int) -> torch.Tensor:
         if self.reference is not None:
-            return self._evaluate(self.reference, batches, tokens)[0]
+            return self._logprobs(self.reference, batches, tokens)
         with lora.adapters_off(self.module):
-            return self._evaluate(self.trainable.engine, batches, tokens)[0]
+            return self._logprobs(self.trainable.engine, batches, tokens)
 
-    @torch.no_grad()
-    def _evaluate(
-        self, model: nn.Module, batches: list[PackedBatch], tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies in flat order on CPU, [tokens] each, gathered from all ranks."""
-        model.eval()
-        flat = torch.zeros(2, tokens, device=self.device)
-        for batch in batches:
-            logprob, entropy = model(batch.to(self.device))
-            batch.scatter(logprob, flat[0])
-            batch.scatter(entropy, flat[1])
-        torch.distributed.all_reduce(flat)
-        return flat[0].cpu(), flat[1].cpu()
+    def _logprobs(self, model: nn.Module, batches: list[PackedBatch], tokens: int) -> torch.Tensor:
+        """Log-probabilities in flat order on CPU, [tokens], gathered from all ranks."""
+        return evaluate(model, batches, tokens, self.device, 2)[0]
 
 
-@dataclass(frozen=True)
-class _Minibatch:
-    groups: list[Group]
-    batches: list[PackedBatch]
-
-
-def _token_shares(minibatch: _Minibatch, samples: Samples, normalise: str) -> torch.Tensor:
-    """Each token's share of the update's loss, in flat order: they add up to one over the minibatch's
-    tokens."""
-    rows = torch.from_numpy(np.concatenate([group.rows for group in minibatch.groups]))
-    lengths = samples.offsets.diff()
-    if normalise == "token":
-        share = torch.full(lengths.shape, 1.0 / int(lengths[rows].sum()))
-    else:
-        share = 1.0 / (lengths.clamp_min(1) * int((lengths[rows] > 0).sum()))
-    return torch.repeat_interleave(share.float(), lengths)
-
-
-def _skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the same class without weights, to save under."""
-    # save_pretrained writes into the configuration, and the policy goes on computing with its own.
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    with torch.device("meta"):
-        return type(model)(config)
+def explained_variance(values: torch.Tensor, targets: torch.Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 for a critic that knows the targets, 0 for a constant one."""
+    spread = targets.var(unbiased=False)
+    return float(1.0 - (targets - values).var(unbiased=False) / spread) if spread > 0 else 0.0
 
 
 class _Clock:

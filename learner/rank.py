@@ -50,11 +50,11 @@ class LearnerRank:
         )
         self.sender: WeightSender | None = None
 
-    def train_step(self, table: "ray.ObjectRef[pa.Table]", step: int) -> dict[str, Any]:
+    def train_step(self, table: "ray.ObjectRef[pa.Table]", step: int, lr_factor: float) -> dict[str, Any]:
         """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics and this rank's
         memory.
         """
-        return self.learner.train_step(ray.get(table), step) | {"memory_mib": memory_mib()}
+        return self.learner.train_step(ray.get(table), step, lr_factor) | {"memory_mib": memory_mib()}
 
     def connect(self, workers: list[Any], worlds: list[int]) -> None:
         """Form the weight-transfer group with these rollout workers (actor handle and TP x PP of each); a

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from learner import lora
 from learner.config import LearnerConfig
 from learner.packing import pack
-from learner.policy import PolicyLearner, Samples
+from learner.policy import PolicyLearner
+from learner.samples import Samples
 
 SETTINGS = {"lr": 1e-2, "kl_coef": 0.1, "device": "cpu", "lora": {"rank": 4, "alpha": 8}}
 

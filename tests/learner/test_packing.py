@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from learner.attention import block_mask, dense_mask, longest_packable
 from learner.logprobs import ScoredModel
 from learner.packing import filler, make_groups, pack, packed_length, split_for_ranks, unpacked
-from learner.policy import Samples
+from learner.samples import Samples
 
 
 def groups_of(table):

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from learner.config import LearnerConfig
-from learner.policy import PolicyLearner, Samples, mean_nll
+from learner.policy import PolicyLearner
+from learner.pretrained import mean_nll
+from learner.samples import Samples
 from rollout.config import PolicyConfig
 
 CPU = {"device": "cpu", "kl_coef": 0.0}
@@ -134,6 +136,20 @@ def test_answers_without_groups_and_empty_ones_are_scored(tiny_model, make_table
         ({"kl_estimator": "k1"}, "zero gradient"),
         ({"kl_in": "reward"}, 'set kl_estimator = "k1"'),
         ({"epochs": 2}, "on-policy"),
+        ({"loss": "dpo"}, "'reinforce', 'ppo_clip' or 'gspo'"),
+        ({"advantage": "vtrace"}, "'grpo', 'dr_grpo', 'reinforce_plus_plus' or 'gae'"),
+        ({"advantage": "rloo", "baseline": "group"}, "brings its own"),
+        ({"advantage": "grpo", "whiten": True}, "drop whiten"),
+        ({"advantage": "dr_grpo"}, 'set normalise = "constant"'),
+        ({"advantage": "reinforce_plus_plus"}, 'set kl_in = "reward"'),
+        ({"constant_length": 9}, 'read with normalise = "constant"'),
+        ({"dual_clip": 3}, "dual_clip bounds"),
+        ({"loss": "ppo_clip", "dual_clip": 1.1}, "clip range"),
+        ({"loss": "gspo"}, 'set normalise = "sequence"'),
+        ({"importance": "masked", "importance_cap": None}, "needs importance_cap"),
+        ({"importance_floor": 0.5}, "truncated weights have none"),
+        ({"importance": "masked", "importance_floor": 3}, "put 1 between them"),
+        ({"kl_target": 0.1, "kl_coef": 0}, "leaves 0 at 0"),
         ({"pack_length": 9000}, "micro_batch_tokens"),
         ({"warmup_steps": 5, "schedule_steps": 5}, "warm-up"),
         ({"learning_rate": 1}, "Extra inputs"),
@@ -142,6 +158,53 @@ def test_answers_without_groups_and_empty_ones_are_scored(tiny_model, make_table
 def test_contradictions_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         LearnerConfig(**settings)
+
+
+def test_estimators_that_compare_responses_say_so():
+    said = {
+        name: LearnerConfig(advantage=name, kl_coef=0, normalise="constant").needs_groups
+        for name in ("return", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "gae")
+    }
+    assert [name for name, needs in said.items() if needs] == ["rloo", "grpo", "dr_grpo"]
+    assert LearnerConfig(baseline="group").needs_groups
+
+
+def test_a_constant_length_counts_for_every_sequence(tiny_model, uneven_table):
+    settings = {"normalise": "constant", "constant_length": 20, "importance_cap": None}
+    learner = learner_for(tiny_model, gamma=0.0, baseline="none", **settings)
+    logprobs = learner.response_logprobs(uneven_table)
+    rewards = uneven_table["token_rewards"].to_pylist()
+    sums = [-float(np.dot(r, lp)) for r, lp in zip(rewards, logprobs, strict=True)]
+    metrics = learner.train_step(uneven_table, 0)
+    assert metrics["loss"] == pytest.approx(sum(sums) / (20 * len(sums)), rel=1e-4)
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5), "diagnostics are means over tokens"
+    with pytest.raises(ValueError, match="constant_length"):
+        learner_for(tiny_model, normalise="constant").train_step(uneven_table, 0)
+
+
+def test_the_weight_of_the_kl_follows_its_target(tiny_model, uneven_table):
+    learner = learner_for(tiny_model, kl_coef=0.1, kl_target=1e-3, lr=1e-2)
+    metrics = [learner.train_step(uneven_table, step) for step in range(3)]
+    assert metrics[0]["kl"] < 1e-6
+    assert min(m["kl"] for m in metrics[1:]) > 1.2e-3
+    expected = [0.1, 0.1 * 0.98, 0.1 * 0.98 * 1.02]
+    assert [m["kl_coef"] for m in metrics] == pytest.approx(expected)
+    fixed = learner_for(tiny_model, kl_coef=0.1, lr=1e-2)
+    assert [fixed.train_step(uneven_table, step)["kl_coef"] for step in range(2)] == [0.1, 0.1]
+
+
+def test_masked_importance_sampling_leaves_tokens_out(tiny_model, uneven_table):
+    """Half of the tokens were ten times likelier for the sampler: they alone are masked."""
+    settings = {"importance": "masked", "importance_floor": 0.5, "gamma": 0.0, "baseline": "none"}
+    learner = learner_for(tiny_model, **settings)
+    own = learner.response_logprobs(uneven_table)
+    odd = [np.arange(len(row)) % 2 for row in own]
+    shifted = [(row + np.log(10) * o).tolist() for row, o in zip(own, odd, strict=True)]
+    metrics = learner.train_step(replace_column(uneven_table, "response_logprobs", shifted), 0)
+    rewards = [np.array(r) for r in uneven_table["token_rewards"].to_pylist()]
+    kept = [-(1 - o) * r * lp for o, r, lp in zip(odd, rewards, own, strict=True)]
+    assert metrics["loss"] == pytest.approx(np.concatenate(kept).mean(), rel=1e-3)
+    assert metrics["masked_fraction"] == pytest.approx(np.concatenate(odd).mean())
 
 
 def test_mean_nll_is_that_of_the_loaded_policy(tiny_model, uneven_table):

@@ -54,7 +54,7 @@ def reference_update(tiny_model, make_table):
 def by_plain_pytorch(tiny_model, table):
     """The same two updates with a padded loop over single sequences, autograd and torch's AdamW."""
     from learner.advantages import advantages, discounted_returns
-    from learner.policy import Samples, flat_column, ragged
+    from learner.samples import Samples, flat_column, ragged
 
     model, base = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
     samples = Samples.from_table(table)
