@@ -1,6 +1,6 @@
 """Configuration of the discriminator: body, training, replay, rewards, health and scoring."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -8,8 +8,18 @@ from learner.config import LoraConfig, OptimizerConfig
 from rollout.config import Section
 
 Level = Literal["sequence", "token"]
-RewardForm = Literal["neg_log_one_minus_d", "prob", "logit", "log_d"]
+LossName = Literal["bce", "hinge", "least_squares", "bradley_terry", "wasserstein"]
+RewardForm = Literal["neg_log_one_minus_d", "prob", "logit", "log_d", "bradley_terry", "relativistic"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+SMOOTHED_LOSSES = ("bce", "least_squares", "bradley_terry")
+"""Losses with a target that label smoothing can move."""
+
+SHIFT_FREE_LOSSES = ("bradley_terry", "wasserstein")
+"""Losses that do not change when a constant is added to all scores, so that a score of zero means nothing."""
+
+ANCHORED_FORMS = ("neg_log_one_minus_d", "prob", "log_d")
+"""Reward forms that bend at a score of zero."""
 
 
 class CanonicalConfig(Section):
@@ -62,12 +72,31 @@ class HealthConfig(Section):
     extra_steps: NonNegativeInt = 1
     """Steps added per policy step while the accuracy is below `low_accuracy`."""
 
+    pause_policy: bool = False
+    """Let the gate slow and pause the policy too: below `low_accuracy` by `policy_slow_factor`, below
+    `policy_pause_accuracy` altogether, until the accuracy is back at `low_accuracy`."""
+
+    policy_pause_accuracy: Fraction = 0.52
+    """Below this held-out accuracy the rewards are noise and the policy stands still."""
+
+    policy_slow_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor of the policy's learning rate while the accuracy is below `low_accuracy`."""
+
+    policy_pause_limit: PositiveInt = 10
+    """Readings after which a pause ends whatever the accuracy: a policy that has become what it imitates
+    keeps the discriminator at chance for good. It then goes on slowly until the accuracy has been back at
+    `low_accuracy` once."""
+
     @model_validator(mode="after")
     def _bands_in_order(self) -> "HealthConfig":
         if not self.low_accuracy < self.slow_accuracy <= self.pause_accuracy:
             raise ValueError("health: low_accuracy < slow_accuracy <= pause_accuracy must hold")
         if self.slow_margin > self.pause_margin:
             raise ValueError("health: slow_margin must not exceed pause_margin")
+        if self.pause_policy and not self.enabled:
+            raise ValueError("health: pause_policy needs enabled = true, the readings that it follows")
+        if self.pause_policy and self.policy_pause_accuracy > self.low_accuracy:
+            raise ValueError("health: policy_pause_accuracy must not exceed low_accuracy")
         return self
 
 
@@ -93,10 +122,72 @@ class RewardConfig(Section):
 
     form: RewardForm = "neg_log_one_minus_d"
     """Reward form. At the sequence level only `neg_log_one_minus_d` kept all modes of the calibration
-    language; per token with gamma .25 `logit` and `prob` did too, and `log_d` did not."""
+    language; per token with gamma .25 `logit` and `prob` did too, and `log_d` did not. `bradley_terry` is the
+    raw score of a discriminator trained with that loss; `relativistic` subtracts the score of the prompt's
+    demonstration, so every prompt needs one."""
 
     clip: PositiveFloat = 5.0
-    """Rewards are clipped to [-clip, clip]."""
+    """Rewards are clipped to [-clip, clip], before whitening, length control and the user's reward."""
+
+    whiten: Literal["off", "scale", "full"] = "off"
+    """`scale` divides the discriminator's rewards by their standard deviation over the step, `full` subtracts
+    their mean first."""
+
+    length_control: Literal["off", "deviation", "overlong"] = "off"
+    """`deviation` takes length_coefficient * |L - length_target| / length_target off a response of L sampled
+    tokens; `overlong` takes nothing up to length_target - length_slack, then linearly up to
+    length_coefficient at length_target, and that much beyond."""
+
+    length_coefficient: NonNegativeFloat = 1.0
+    """Weight of the length control."""
+
+    length_target: PositiveInt | None = None
+    """Sampled tokens: the length wanted (`deviation`, e.g. the demonstrations' mean) or the longest one
+    (`overlong`)."""
+
+    length_slack: PositiveInt | None = None
+    """Tokens below `length_target` over which the `overlong` penalty rises (None: a quarter of the
+    target)."""
+
+    user_reward: str = ""
+    """A reward of your own, added to the discriminator's: `package.module:function`, called with the lists
+    prompts, responses and complete, or an http(s) URL that is sent the same as JSON. Both answer with one
+    number per response."""
+
+    user_weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Weight of the user's reward; the discriminator's weighs 1."""
+
+    user_timeout_s: PositiveFloat = 60.0
+    """Deadline of one call of the user's reward, for all responses of a step."""
+
+    user_token: str = "RLGAF_REWARD_TOKEN"
+    """Name of the environment variable with a bearer token for the URL; not set: none is sent."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RewardConfig":
+        if self.length_control != "off" and self.length_target is None:
+            raise ValueError(f'reward: length_control = "{self.length_control}" needs length_target')
+        if self.length_control == "off" and (self.length_target or self.length_slack):
+            raise ValueError(
+                "reward: length_target and length_slack do nothing without length_control; set it to "
+                '"deviation" or "overlong"'
+            )
+        if self.length_slack is not None and self.length_control != "overlong":
+            raise ValueError('reward: length_slack belongs to length_control = "overlong"')
+        if self.length_slack and self.length_target and self.length_slack > self.length_target:
+            raise ValueError(
+                f"reward: length_slack = {self.length_slack} exceeds length_target = {self.length_target}"
+            )
+        url = self.user_reward.startswith(("http://", "https://"))
+        if self.user_reward and not url:
+            module, colon, function = self.user_reward.partition(":")
+            names = [*module.split("."), *function.split(".")]
+            if not colon or not all(name.isidentifier() for name in names):
+                raise ValueError(
+                    f'reward: user_reward = "{self.user_reward}" is neither "package.module:function" nor an '
+                    "http(s) URL"
+                )
+        return self
 
 
 class ScoringConfig(Section):
@@ -151,11 +242,36 @@ class DiscriminatorConfig(OptimizerConfig):
     level: Level = "sequence"
     """`sequence` judges whole responses; `token` judges every prefix."""
 
-    loss: Literal["bce"] = "bce"
-    """Training loss."""
+    loss: LossName = "bce"
+    """Training loss. `bradley_terry` compares each demonstration with the rollouts of its prompt (of the
+    whole step where there are none); it and `wasserstein` leave the zero of the scores open and read all of a
+    step's scores in a first pass."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Target of a demonstration is 1 minus this; rollouts keep target 0."""
+    """Share of a demonstration's target given to the other side; rollouts keep theirs. For `bradley_terry`
+    the share of comparisons taken for the wrong way round. Left out, it is 0 for every loss but `bce` and
+    `least_squares`."""
+
+    gradient_penalty: NonNegativeFloat = 0.0
+    """Coefficient of R1: half of it times the mean squared gradient of a demonstration's score in its token
+    embeddings. About twice the arithmetic, and attention without the fused kernels."""
+
+    spectral_norm: PositiveFloat | None = None
+    """Bound on the spectral norm of the score head, its gain included (None: no bound)."""
+
+    score_centring: NonNegativeFloat = 0.0
+    """Coefficient of the squared mean score of a step (both sides weigh half); costs a first pass."""
+
+    length_matched: bool = False
+    """Weigh responses so that both sides of a step have the same distribution of lengths: length then tells
+    nothing, and is not learned either."""
+
+    length_bins: Annotated[int, Field(ge=2)] = 8
+    """Quantile bins of length that `length_matched` balances."""
+
+    perturbed_fraction: Fraction = 0.0
+    """Demonstrations with shuffled, dropped or cut words added to the rollouts' side, as a share of the
+    step's rollouts."""
 
     lr: PositiveFloat = 2e-5
     """Peak learning rate. Keep it above the policy's: equal rates and one discriminator step collapse."""
@@ -224,6 +340,49 @@ class DiscriminatorConfig(OptimizerConfig):
 
     scoring: ScoringConfig = ScoringConfig()
     """The scoring service."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smoothing_where_there_are_targets(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("loss", "bce") not in ("bce", "least_squares"):
+            return {"label_smoothing": 0.0} | given
+        return given
+
+    @model_validator(mode="after")
+    def _objective_makes_sense(self) -> "DiscriminatorConfig":
+        if self.label_smoothing and self.loss not in SMOOTHED_LOSSES:
+            raise ValueError(
+                f'label_smoothing = {self.label_smoothing:g} has no meaning with loss = "{self.loss}", which '
+                f"has no targets; set it to 0 or use one of {', '.join(SMOOTHED_LOSSES)}"
+            )
+        if self.loss == "wasserstein" and not self.gradient_penalty and self.spectral_norm is None:
+            raise ValueError(
+                'loss = "wasserstein" grows without bound unless the scores are held: set gradient_penalty '
+                "or spectral_norm"
+            )
+        if self.gradient_penalty and self.zero_stage == 3:
+            raise ValueError(
+                "gradient_penalty differentiates twice through the body, and ZeRO-3 has given the weights "
+                "back by the second time; use zero_stage 1 or 2"
+            )
+        if self.gradient_penalty and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_penalty needs the activations that gradient_checkpointing drops, twice; switch one "
+                "of them off"
+            )
+        form = self.reward.form
+        if form == "bradley_terry" and self.loss != "bradley_terry":
+            raise ValueError(
+                f'reward.form = "bradley_terry" is the score of a discriminator trained with loss = '
+                f'"bradley_terry", not "{self.loss}"; for that one\'s score use "logit"'
+            )
+        if self.loss in SHIFT_FREE_LOSSES and form in ANCHORED_FORMS and not self.score_centring:
+            raise ValueError(
+                f'loss = "{self.loss}" leaves the zero of the scores open, and reward.form = "{form}" bends '
+                'there; set score_centring, or reward.form to "logit", "relativistic"'
+                + (' or "bradley_terry"' if self.loss == "bradley_terry" else "")
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "DiscriminatorConfig":

@@ -10,14 +10,27 @@ A discriminator that wins everything gives flat rewards, one that loses gives no
 PAUSED never goes to SLOW: one step at a bound still exceeded would push the discriminator back over it, and
 the gate would oscillate between the two. PAUSED never goes to BOOST either: a discriminator that stood still
 while the policy moved may measure low once; it gets an ordinary step and is judged again.
+
+The policy has a gate of its own beside it, open unless `pause_policy` is set, because a discriminator at
+chance gives it noise:
+
+    RUN    accuracy at `low_accuracy` or above     learning rate x 1
+    SLOW   below it                                x policy_slow_factor
+    PAUSED below `policy_pause_accuracy`           x 0, until accuracy is at `low_accuracy` or the limit is up
+
+A pause that outlasts `policy_pause_limit` readings ends in SLOW and is not renewed before the policy has been
+in RUN: a policy that has become its demonstrations keeps every discriminator at chance, and waiting for one
+that is not would stop the run for good.
 """
 
 from collections import deque
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from discriminator.config import HealthConfig
+
+Side = Literal["discriminator", "policy"]
 
 
 class HealthState(StrEnum):
@@ -25,6 +38,14 @@ class HealthState(StrEnum):
 
     BOOST = "boost"
     TRAIN = "train"
+    SLOW = "slow"
+    PAUSED = "paused"
+
+
+class PolicyState(StrEnum):
+    """What the gate lets the policy do."""
+
+    RUN = "run"
     SLOW = "slow"
     PAUSED = "paused"
 
@@ -40,12 +61,13 @@ class HealthReading:
 
 @dataclass(frozen=True)
 class Transition:
-    """One change of state, with the reading that caused it."""
+    """One change of state of either side, with the reading that caused it."""
 
     step: int
-    before: HealthState
-    after: HealthState
+    before: HealthState | PolicyState
+    after: HealthState | PolicyState
     reason: str
+    side: Side = "discriminator"
 
 
 class HealthGate:
@@ -61,10 +83,14 @@ class HealthGate:
         self.steps = steps
         self.state = HealthState.TRAIN
         self.readings_in_state = 0
+        self.policy = PolicyState.RUN
+        self.policy_readings = 0
+        self.policy_may_pause = True
         self.transitions: deque[Transition] = deque(maxlen=log_size)
 
-    def observe(self, step: int, reading: HealthReading) -> Transition | None:
-        """Move to the state the reading asks for; returns the transition, None when the state stays.
+    def observe(self, step: int, reading: HealthReading) -> list[Transition]:
+        """Move both sides to the states the reading asks for; returns the transitions, none where the states
+        stay.
 
         Raises:
             ValueError: a number that is not finite; a broken discriminator must not pass for a healthy one.
@@ -72,15 +98,17 @@ class HealthGate:
         for name, value in asdict(reading).items():
             if not abs(value) < float("inf"):
                 raise ValueError(f"held-out {name} of the discriminator is {value} at step {step}")
+        changes = []
         after, reason = self._judge(reading)
         self.readings_in_state += 1
-        if after is self.state:
-            return None
-        transition = Transition(step=step, before=self.state, after=after, reason=reason)
-        self.state = after
-        self.readings_in_state = 0
-        self.transitions.append(transition)
-        return transition
+        if after is not self.state:
+            changes.append(Transition(step=step, before=self.state, after=after, reason=reason))
+            self.state = after
+            self.readings_in_state = 0
+        if self.config.pause_policy:
+            changes += self._observe_policy(step, reading.accuracy)
+        self.transitions.extend(changes)
+        return changes
 
     def allowed_steps(self) -> int:
         """Discriminator steps for the next policy step."""
@@ -93,11 +121,24 @@ class HealthGate:
             HealthState.PAUSED: 0,
         }[self.state]
 
+    def policy_factor(self) -> float:
+        """Factor of the policy's learning rate for the next policy step; 0 leaves the step out."""
+        if not self.config.pause_policy:
+            return 1.0
+        return {
+            PolicyState.RUN: 1.0,
+            PolicyState.SLOW: self.config.policy_slow_factor,
+            PolicyState.PAUSED: 0.0,
+        }[self.policy]
+
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint (JSON types)."""
         return {
             "state": self.state.value,
             "readings_in_state": self.readings_in_state,
+            "policy": self.policy.value,
+            "policy_readings": self.policy_readings,
+            "policy_may_pause": self.policy_may_pause,
             "transitions": [
                 asdict(t) | {"before": t.before.value, "after": t.after.value} for t in self.transitions
             ],
@@ -107,11 +148,40 @@ class HealthGate:
         """Inverse of `state_dict`."""
         self.state = HealthState(state["state"])
         self.readings_in_state = int(state["readings_in_state"])
+        # Checkpoints from before the policy had a gate do not name it: it was open.
+        self.policy = PolicyState(state.get("policy", PolicyState.RUN))
+        self.policy_readings = int(state.get("policy_readings", 0))
+        self.policy_may_pause = bool(state.get("policy_may_pause", True))
         self.transitions.clear()
-        self.transitions.extend(
-            Transition(t["step"], HealthState(t["before"]), HealthState(t["after"]), t["reason"])
-            for t in state["transitions"]
-        )
+        for t in state["transitions"]:
+            side: Side = t.get("side", "discriminator")
+            kind = PolicyState if side == "policy" else HealthState
+            self.transitions.append(
+                Transition(t["step"], kind(t["before"]), kind(t["after"]), t["reason"], side)
+            )
+
+    def _observe_policy(self, step: int, accuracy: float) -> list[Transition]:
+        after, reason = self._judge_policy(accuracy)
+        self.policy_readings += 1
+        if after is self.policy:
+            return []
+        before, self.policy = self.policy, after
+        self.policy_readings = 0
+        if before is PolicyState.PAUSED or after is PolicyState.RUN:
+            self.policy_may_pause = after is PolicyState.RUN
+        return [Transition(step, before, after, reason, "policy")]
+
+    def _judge_policy(self, accuracy: float) -> tuple[PolicyState, str]:
+        bounds = self.config
+        if accuracy >= bounds.low_accuracy:
+            return PolicyState.RUN, f"accuracy {accuracy:.3f} >= {bounds.low_accuracy:g}"
+        if self.policy is PolicyState.PAUSED:
+            if self.policy_readings + 1 >= bounds.policy_pause_limit:
+                return PolicyState.SLOW, f"paused for {bounds.policy_pause_limit} readings"
+            return PolicyState.PAUSED, f"accuracy {accuracy:.3f} < {bounds.low_accuracy:g}"
+        if accuracy < bounds.policy_pause_accuracy and self.policy_may_pause:
+            return PolicyState.PAUSED, f"accuracy {accuracy:.3f} < {bounds.policy_pause_accuracy:g}"
+        return PolicyState.SLOW, f"accuracy {accuracy:.3f} < {bounds.low_accuracy:g}"
 
     def _judge(self, reading: HealthReading) -> tuple[HealthState, str]:
         bounds = self.config

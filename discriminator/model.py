@@ -17,9 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from discriminator.canonical import Canonicaliser, Encoded
 from discriminator.config import DiscriminatorConfig
+from discriminator.regularisers import spectrally_bounded
 from learner.attention import attention_implementation, longest_packable, prepare_mask
 from learner.packing import Group, PackedBatch, make_groups, pack, unpacked
 
@@ -40,6 +42,7 @@ class Discriminator(nn.Module):
         kind: "causal" or "encoder".
         gain: the linear layer's output is multiplied by it.
         dropout: before the linear layer, in training mode.
+        spectral_bound: largest spectral norm of the head with its gain (None: no bound).
         implementation: attention implementation the body was loaded with.
     """
 
@@ -51,12 +54,14 @@ class Discriminator(nn.Module):
         kind: BodyKind,
         gain: float = 1.0,
         dropout: float = 0.0,
+        spectral_bound: float | None = None,
         implementation: str = "sdpa",
     ) -> None:
         super().__init__()
         self.body = body
         self.kind = kind
         self.gain = gain
+        self.spectral_bound = spectral_bound
         self.implementation = implementation
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, 1, dtype=torch.float32)
@@ -65,9 +70,24 @@ class Discriminator(nn.Module):
         nn.init.normal_(self.head.weight, std=1.0 / (gain * hidden))
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Scores [N] of the batch's response tokens, fp32."""
-        hidden = self._hidden(batch)
+    def forward(self, batch: PackedBatch, direction: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores [N] of the batch's response tokens, fp32.
+
+        With `direction` [N] also the squared length [N] of d(direction . scores) / d(embedding) at each
+        response token, itself differentiable (see `discriminator.regularisers`). It is computed in here
+        because a backward pass through an engine's output would count as the engine's own.
+        """
+        if direction is None:
+            return self._scores(batch, self._hidden(batch))
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels differentiate once only
+            embedded = self.body.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+            if not embedded.requires_grad:
+                embedded.requires_grad_()
+            scores = self._scores(batch, self._hidden(batch, embedded))
+            (slope,) = torch.autograd.grad((direction * scores).sum(), embedded, create_graph=True)
+        return scores, slope.float().square().sum(-1).flatten()[batch.position]
+
+    def _scores(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
         if self.kind == "causal":
             states = hidden.flatten(0, 1)[batch.position]
             return self._score(states)
@@ -75,16 +95,15 @@ class Discriminator(nn.Module):
         pooled = (hidden.float() * real).sum(1) / real.sum(1)
         return self._score(pooled)[batch.position // batch.shape[1]]
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
+    def _hidden(self, batch: PackedBatch, embedded: Tensor | None = None) -> Tensor:
+        tokens = {"input_ids": batch.input_ids} if embedded is None else {"inputs_embeds": embedded}
         if self.kind == "encoder":
-            return self.body(
-                input_ids=batch.input_ids, attention_mask=(~batch.padding()).to(torch.int64)
-            ).last_hidden_state
+            return self.body(**tokens, attention_mask=(~batch.padding()).to(torch.int64)).last_hidden_state
         dtype = next(p.dtype for p in self.body.parameters() if p.is_floating_point())
         if torch.is_autocast_enabled(batch.input_ids.device.type):
             dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
         return self.body(
-            input_ids=batch.input_ids,
+            **tokens,
             position_ids=batch.position_ids,
             attention_mask=prepare_mask(batch, self.implementation, dtype),
             use_cache=False,
@@ -97,6 +116,8 @@ class Discriminator(nn.Module):
             normed = functional.rms_norm(states.float(), states.shape[-1:])
             # Cast here too: an engine may have moved the whole module to bf16.
             weight, bias = self.head.weight.float(), self.head.bias.float()
+            if self.spectral_bound is not None:
+                weight = spectrally_bounded(weight, self.spectral_bound / self.gain)
             return self.gain * functional.linear(self.dropout(normed), weight, bias).squeeze(-1)
 
 
@@ -165,7 +186,9 @@ def load_discriminator(
             f'{model} is bidirectional: discriminator.level = "token" would score prefixes that '
             "saw the future"
         )
-    implementation = attention_implementation(device) if kind == "causal" else "sdpa"
+    # R1 differentiates twice, which flex_attention does not allow.
+    plain = kind == "encoder" or config.gradient_penalty > 0
+    implementation = "sdpa" if plain else attention_implementation(device)
     body = AutoModel.from_pretrained(
         model, dtype=dtype, attn_implementation=implementation, trust_remote_code=config.trust_remote_code
     )
@@ -190,6 +213,7 @@ def load_discriminator(
             kind=kind,
             gain=config.head_gain,
             dropout=config.dropout,
+            spectral_bound=config.spectral_norm,
             implementation=implementation,
         )
 

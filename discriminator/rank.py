@@ -60,7 +60,12 @@ class DiscriminatorRank:
         trained = self.trainer.update(ray.get(rollouts), ray.get(demonstrations), step)
         self._publish(step + 1)
         judged = {f"{name}_heldout": value for name, value in held.items()}
-        return {**trained, **judged, "memory_mib": memory_mib()}
+        changes = [
+            f"{t['side']} {t['before']} -> {t['after']}: {t['reason']}"
+            for t in self.trainer.take_transitions()
+        ]
+        told = {"transition": "; ".join(changes)} if changes else {}
+        return {**trained, **judged, **told, "memory_mib": memory_mib()}
 
     def save(self, folder: str) -> None:
         """Write the discriminator's part of a checkpoint."""

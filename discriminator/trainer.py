@@ -12,7 +12,7 @@ gives the old version again.
 import json
 import logging
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from discriminator.calibration import calibration
 from discriminator.canonical import JUDGED_COLUMNS, Encoded
 from discriminator.config import DiscriminatorConfig
-from discriminator.health import HealthGate, HealthReading, HealthState
-from discriminator.losses import balanced_weights, bce, side_metrics
+from discriminator.health import HealthGate, HealthReading, HealthState, Transition
+from discriminator.losses import balanced_weights, judged_metrics
 from discriminator.model import (
     Discriminator,
     batches_of,
@@ -34,16 +35,16 @@ from discriminator.model import (
     load_discriminator,
     responses_in,
 )
+from discriminator.negatives import length_matched_weights, perturbed
+from discriminator.objective import Objective, StepRows, needs_first_pass, response_values, step_rows
 from discriminator.versions import state_checksum
 from learner import lora
 from learner.engine import TrainableModel, resolve_device, resolve_dtype
-from learner.losses import LossOutput
 from learner.packing import Group, PackedBatch, pad_batches, split_for_ranks
 
 log = logging.getLogger(__name__)
 
 WARM_UP_STEP = -1
-CALIBRATION_BINS = 10
 HEALTH_LEVEL = {
     HealthState.BOOST: -1.0,
     HealthState.TRAIN: 0.0,
@@ -92,6 +93,7 @@ class DiscriminatorTrainer:
             module.body.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.trainable = TrainableModel(module, config, dtype=dtype)
         self._published_updates = -1
+        self._untold: list[Transition] = []
 
     @property
     def module(self) -> Discriminator:
@@ -142,7 +144,8 @@ class DiscriminatorTrainer:
 
         Returns:
             Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; `steps` and
-            `health` (-1 boost, 0 train, 1 slow, 2 paused). Only the last two when there was no step.
+            `health` (-1 boost, 0 train, 1 slow, 2 paused), with `health.pause_policy` also `policy_factor`,
+            which the policy's next learning rate is multiplied by. Only these when there was no step.
         """
         allowed = self.gate.allowed_steps()
         history = [
@@ -150,7 +153,10 @@ class DiscriminatorTrainer:
             for number, rows in enumerate(self._plan(rollouts, allowed, step))
         ]
         means = {name: float(np.mean([h[name] for h in history])) for name in history[0]} if history else {}
-        return means | {"steps": float(len(history)), "health": HEALTH_LEVEL[self.gate.state]}
+        said = {"steps": float(len(history)), "health": HEALTH_LEVEL[self.gate.state]}
+        if self.config.health.pause_policy:
+            said["policy_factor"] = self.gate.policy_factor()
+        return means | said
 
     def evaluate(self, heldout: pa.Table, rollouts: pa.Table, step: int) -> dict[str, float]:
         """Judge held-out demonstrations against fresh rollouts, and tell the health gate.
@@ -162,11 +168,19 @@ class DiscriminatorTrainer:
         """
         metrics = self._evaluate(heldout, rollouts)
         reading = HealthReading(metrics["accuracy"], metrics["margin"], metrics["saturation"])
-        if (change := self.gate.observe(step, reading)) is not None:
+        changes = self.gate.observe(step, reading)
+        for change in changes:
             log.info(
-                "discriminator: %s -> %s at step %d: %s", change.before, change.after, step, change.reason
+                "%s: %s -> %s at step %d: %s", change.side, change.before, change.after, step, change.reason
             )
+        self._untold += changes
         return metrics
+
+    def take_transitions(self) -> list[dict[str, Any]]:
+        """The health gate's transitions since the last call (JSON types: step, before, after, reason, side);
+        the same on every rank."""
+        told, self._untold = self._untold, []
+        return [asdict(t) | {"before": t.before.value, "after": t.after.value} for t in told]
 
     def scores(self, table: pa.Table) -> list[float]:
         """Sequence score of every row under the weights in training; the same on every rank."""
@@ -223,30 +237,48 @@ class DiscriminatorTrainer:
         self, rollouts: pa.Table, demonstrations: pa.Table, step: int, number: int
     ) -> dict[str, float]:
         """One optimizer update on these rollouts and demonstrations drawn for them."""
+        config = self.config
         rng = np.random.default_rng([self.seed, step + 1, number, 1])
         chosen = demonstrations.take(self._draw_demonstrations(rollouts, demonstrations, rng))
-        encoded = self._encode(chosen) + self._encode(rollouts)
-        is_demonstration = torch.arange(len(encoded)) < chosen.num_rows
-        weight = balanced_weights(is_demonstration).to(self.trainable.device)
-        is_demonstration = is_demonstration.to(self.trainable.device)
-
-        def loss(module: nn.Module, batch: PackedBatch) -> LossOutput:
-            response, last = responses_in(batch)
-            rows = batch.trajectory[last]
-            return bce(
-                module(batch),
-                response,
-                last,
-                is_demonstration[rows],
-                weight[rows] * batch.weight[last],
-                level=self.config.level,
-                label_smoothing=self.config.label_smoothing,
-            )
-
-        # Dropout draws from the global generator: seeded by the step, a resumed run draws the same.
-        torch.manual_seed(int(rng.integers(2**31)) + self.trainable.rank)
+        tables = [chosen, rollouts]
+        if added := round(config.perturbed_fraction * rollouts.num_rows):
+            tables.append(perturbed(chosen, added, np.random.default_rng([self.seed, step + 1, number, 2])))
+        encoded = [item for table in tables for item in self._encode(table)]
+        rows, metrics = self._rows(tables, encoded)
+        rows = rows.to(self.trainable.device)
         batches = [batch.to(self.trainable.device) for batch in self._batches(group_encoded(encoded))]
-        return self.trainable.step(batches, loss)
+        # Dropout draws from the global generator: seeded by the step, a resumed run draws the same.
+        dropout_seed = int(rng.integers(2**31)) + self.trainable.rank
+        if needs_first_pass(config):
+            objective = self._objective(rows, batches, dropout_seed)
+        else:
+            objective = Objective(config, rows)
+        torch.manual_seed(dropout_seed)
+        trained = self.trainable.step(batches, objective)
+        return trained | {name: float(value) for name, value in objective.metrics.items()} | metrics
+
+    def _objective(self, rows: StepRows, batches: list[PackedBatch], dropout_seed: int) -> Objective:
+        """The step's objective after a first pass with the dropout that the step itself will draw."""
+        torch.manual_seed(dropout_seed)
+        self.trainable.engine.train()
+        sequence, values = self._pass(batches, len(rows.weight))
+        return Objective(self.config, rows, sequence=sequence, values=values)
+
+    def _rows(self, tables: list[pa.Table], encoded: list[Encoded]) -> tuple[StepRows, dict[str, float]]:
+        """Sides, prompts and weights of a step's demonstrations, rollouts and perturbed demonstrations."""
+        number = torch.arange(len(encoded))
+        is_demonstration = number < tables[0].num_rows
+        extra = number >= tables[0].num_rows + tables[1].num_rows
+        prompt = _numbered([key for table in tables for key in table["prompt_id"].to_pylist()])
+        if not self.config.length_matched:
+            return step_rows(is_demonstration, prompt, perturbed=extra), {}
+        weight, overlap = length_matched_weights(
+            [len(e.response_ids) for e in encoded], is_demonstration.numpy(), self.config.length_bins
+        )
+        if overlap == 0:
+            log.warning("no length occurs on both sides of a discriminator step: lengths are not matched")
+        matched = step_rows(is_demonstration, prompt, weight=torch.from_numpy(weight), perturbed=extra)
+        return matched, {"length_overlap": overlap}
 
     def _plan(self, rollouts: pa.Table, steps: int, step: int) -> list[NDArray[np.int64]]:
         """Rows of each step's rollouts: whole passes in shuffled order of prompts, so that batches share
@@ -312,38 +344,39 @@ class DiscriminatorTrainer:
         is_demonstration = torch.arange(len(encoded)) < demonstrations.num_rows
         weight = balanced_weights(is_demonstration)
         sequence = self._sequence_scores(encoded)
-        metrics = {name: float(v) for name, v in side_metrics(sequence, is_demonstration, weight).items()}
-        return metrics | {"calibration": calibration_error(sequence, is_demonstration, weight)}
+        prompt = _numbered(demonstrations["prompt_id"].to_pylist() + samples["prompt_id"].to_pylist())
+        judged = judged_metrics(self.config.loss, sequence, is_demonstration, weight, prompt)
+        metrics = {name: float(v) for name, v in judged.items()}
+        error = calibration(self.config.loss, sequence, is_demonstration, weight, prompt)
+        return metrics | {"calibration": error}
 
     def _some(self, table: pa.Table) -> pa.Table:
         """At most `heldout_size` rows, the same ones every time."""
         order = np.random.default_rng(self.seed).permutation(table.num_rows)[: self.config.heldout_size]
         return table.take(np.sort(order))
 
-    @torch.no_grad()
     def _sequence_scores(self, encoded: list[Encoded]) -> Tensor:
         """[len(encoded)] fp32 on the CPU, gathered from all ranks."""
-        out = torch.zeros(len(encoded), device=self.trainable.device)
         self.trainable.engine.eval()
-        for batch in self._batches(group_encoded(encoded)):
-            moved = batch.to(self.trainable.device)
-            values = self.trainable.engine(moved)
-            _, last = responses_in(moved)
-            real = moved.weight[last] > 0
-            out[moved.trajectory[last][real]] = values[last][real]
+        batches = [batch.to(self.trainable.device) for batch in self._batches(group_encoded(encoded))]
+        return self._pass(batches, len(encoded))[0].cpu()
+
+    @torch.no_grad()
+    def _pass(self, batches: list[PackedBatch], count: int) -> Tensor:
+        """[2, count] fp32, gathered from all ranks: sequence scores and `response_values`, in the engine's
+        present mode."""
+        out = torch.zeros(2, count, device=self.trainable.device)
+        for batch in batches:
+            scores = self.trainable.engine(batch)
+            response, last = responses_in(batch)
+            values = response_values(scores, response, last, level=self.config.level)
+            real = batch.weight[last] > 0
+            out[:, batch.trajectory[last][real]] = torch.stack([scores[last], values])[:, real]
         torch.distributed.all_reduce(out)
-        return out.cpu()
+        return out
 
 
-def calibration_error(sequence: Tensor, is_demonstration: Tensor, weight: Tensor) -> float:
-    """Expected calibration error: sum over equal bins of D of |weight of demonstrations - weight times D|.
-
-    Args:
-        sequence: [R] sequence scores.
-        is_demonstration: [R] bool.
-        weight: [R], adding up to 1.
-    """
-    probability = torch.sigmoid(sequence.double())
-    bins = (probability * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    gap = weight.double() * (is_demonstration.double() - probability)
-    return float(torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, gap).abs().sum())
+def _numbered(keys: list[str]) -> Tensor:
+    """int64 [len(keys)], equal for equal keys."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)

@@ -23,11 +23,43 @@ def test_defaults_follow_the_calibration() -> None:
         ({"pack_length": 9000}, "micro_batch_tokens"),
         ({"steps_per_policy_step": 4}, "steps_per_policy_step"),
         ({"unknown": 1}, "unknown"),
+        ({"loss": "cross"}, "'bce', 'hinge', 'least_squares', 'bradley_terry' or 'wasserstein'"),
+        ({"reward": {"form": "gail"}}, "'bradley_terry' or 'relativistic'"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "no targets"),
+        ({"loss": "wasserstein", "reward": {"form": "logit"}}, "gradient_penalty or spectral_norm"),
+        ({"gradient_penalty": 1.0, "zero_stage": 3}, "ZeRO-3"),
+        ({"gradient_penalty": 1.0, "gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"reward": {"form": "bradley_terry"}}, 'use "logit"'),
+        ({"loss": "bradley_terry"}, "zero of the scores"),
+        ({"loss": "wasserstein", "spectral_norm": 1.0}, "zero of the scores"),
+        ({"reward": {"length_control": "deviation"}}, "length_target"),
+        ({"reward": {"length_target": 10}}, "length_control"),
+        ({"reward": {"length_control": "deviation", "length_target": 9, "length_slack": 2}}, "overlong"),
+        ({"reward": {"length_control": "overlong", "length_target": 9, "length_slack": 10}}, "exceeds"),
+        ({"reward": {"user_reward": "my_module"}}, "package.module:function"),
+        ({"reward": {"user_reward": "ftp://host:80"}}, "package.module:function"),
     ],
 )
 def test_contradictions_are_refused(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         DiscriminatorConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "smoothing"),
+    [
+        ({}, 0.1),
+        ({"loss": "least_squares"}, 0.1),
+        ({"loss": "hinge"}, 0.0),
+        ({"loss": "bradley_terry", "reward": {"form": "bradley_terry"}}, 0.0),
+        ({"loss": "bradley_terry", "score_centring": 0.1, "label_smoothing": 0.2}, 0.2),
+        ({"loss": "wasserstein", "gradient_penalty": 1.0, "reward": {"form": "relativistic"}}, 0.0),
+    ],
+)
+def test_sound_combinations_and_their_smoothing(fields, smoothing) -> None:
+    config = DiscriminatorConfig(**fields)
+    assert config.label_smoothing == smoothing
+    assert DiscriminatorConfig(**config.model_dump()) == config
 
 
 def test_import_is_light() -> None:

@@ -12,17 +12,35 @@ from judging import judged, small
 from discriminator.trainer import DiscriminatorTrainer
 
 
-def test_two_ranks_equal_one(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "stages"),
+    [
+        ({"level": "token", "lora": {"rank": 2}}, [1, 3]),
+        (
+            {
+                "loss": "bradley_terry",
+                "reward": {"form": "relativistic"},
+                "gradient_penalty": 0.1,
+                "score_centring": 0.2,
+                "length_matched": True,
+                "perturbed_fraction": 0.25,
+            },
+            [1, 2],
+        ),
+    ],
+    ids=["bce", "bradley_terry"],
+)
+def test_two_ranks_equal_one(objective, stages, tiny_model: Path, tmp_path: Path) -> None:
     demonstrations = judged([(f"say {i}: ", f"the cat sat on mat {i}") for i in range(9)])
     rollouts = judged([(f"say {i}: ", f"a dog lay by {s} the door") for i in range(9) for s in range(3)])
     # A large epsilon keeps AdamW smooth: near a zero gradient its usual step is the sign of rounding noise.
-    config = small(eps=1e-3, batch_size=12, min_demonstrations=7, level="token", lora={"rank": 2})
+    config = small(eps=1e-3, batch_size=12, min_demonstrations=7, **objective)
     job = {
         "model": str(tiny_model),
         "config": config.model_dump(),
         "rollouts": rollouts,
         "demonstrations": demonstrations,
-        "stages": [1, 3],
+        "stages": stages,
         "out": str(tmp_path / "out.pt"),
     }
     torch.save(job, tmp_path / "job.pt")
@@ -49,7 +67,7 @@ def test_two_ranks_equal_one(tiny_model: Path, tmp_path: Path) -> None:
     published = single.publish()
     assert published is not None
     results = torch.load(tmp_path / "out.pt", weights_only=False)
-    assert set(results) == {1, 3}
+    assert set(results) == set(stages)
     for split_metrics, split_evaluation, state in results.values():
         assert split_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
         assert split_evaluation == pytest.approx(evaluation, rel=1e-3, abs=1e-4)

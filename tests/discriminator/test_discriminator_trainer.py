@@ -8,10 +8,11 @@ import pytest
 import torch
 from judging import judged, small
 
+from discriminator.calibration import calibration, calibration_error
 from discriminator.health import HealthReading, HealthState
 from discriminator.losses import balanced_weights
 from discriminator.scorer import Scorer
-from discriminator.trainer import DiscriminatorTrainer, calibration_error
+from discriminator.trainer import DiscriminatorTrainer
 from discriminator.versions import state_checksum
 
 NOUNS = ["cat", "dog", "door", "mail", "tool", "mat", "news", "day"]
@@ -157,6 +158,81 @@ def test_a_step_takes_the_demonstrations_of_its_prompts(tiny_model: Path) -> Non
     assert all(len(set(rows.tolist())) == 16 and len({r // 4 for r in rows.tolist()}) == 4 for rows in plan)
 
 
+EVERYTHING = {
+    "loss": "bradley_terry",
+    "reward": {"form": "bradley_terry"},
+    "gradient_penalty": 0.5,
+    "spectral_norm": 1.0,
+    "score_centring": 0.3,
+    "length_matched": True,
+    "length_bins": 3,
+    "perturbed_fraction": 0.25,
+}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        EVERYTHING,
+        {"loss": "wasserstein", "gradient_penalty": 0.5, "level": "token", "reward": {"form": "logit"}},
+    ],
+)
+def test_every_objective_survives_any_packing(objective, tiny_model: Path) -> None:
+    seen = []
+    for fields in ({}, {"packing": False}, {"pack_length": 64, "micro_batch_tokens": 64}):
+        trainer = DiscriminatorTrainer(
+            small(steps_per_policy_step=1, **objective, **fields), str(tiny_model), seed=0
+        )
+        metrics = trainer.update(rollouts(0, 10), demonstrations(2, 12), step=0)
+        seen.append([metrics[name] for name in sorted(metrics)])
+    np.testing.assert_allclose(seen, np.broadcast_to(seen[0], np.shape(seen)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"loss": "bradley_terry", "reward": {"form": "bradley_terry"}},
+        {"loss": "hinge"},
+        {"loss": "least_squares", "perturbed_fraction": 0.5},
+        {"loss": "wasserstein", "spectral_norm": 2.0, "gradient_penalty": 0.01, "score_centring": 0.1},
+    ],
+)
+def test_every_loss_learns_to_tell_the_sides_apart(objective, tiny_model: Path) -> None:
+    trainer = DiscriminatorTrainer(small(**objective), str(tiny_model), seed=1)
+    held = (demonstrations(80, 120), rollouts(80, 120, 1))
+    after = trainer.warm_up(rollouts(0, 80), demonstrations(0, 80), *held)
+    assert after["accuracy"] >= 0.9
+    assert after["margin"] > 0
+
+
+def test_dropout_is_the_same_in_the_first_pass(tiny_model: Path) -> None:
+    """Otherwise the pairwise gradient would be taken at other scores than it is applied to."""
+    config = small(loss="bradley_terry", reward={"form": "logit"}, dropout=0.5, batch_size=8)
+    trainer = DiscriminatorTrainer(config, str(tiny_model), seed=0)
+    seen: list[torch.Tensor] = []
+    trainer.module.register_forward_hook(lambda _, __, scores: seen.append(scores.detach().clone()))
+    trainer._train(rollouts(0, 4), demonstrations(0, 4), 0, 0)
+    half = len(seen) // 2
+    assert half >= 1
+    for first, second in zip(seen[:half], seen[half:], strict=True):
+        torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+def test_transitions_are_told_once_and_the_policy_can_be_paused(tiny_model: Path) -> None:
+    fields = {"health": {"pause_policy": True, "policy_pause_accuracy": 0.54}, "loss": "bce"}
+    trainer = DiscriminatorTrainer(small(**fields), str(tiny_model), seed=0)
+    same = demonstrations(0, 20)
+    trainer.evaluate(same, same, step=3)  # the same texts on both sides: accuracy is one half
+    told = trainer.take_transitions()
+    assert [(t["side"], t["step"], t["after"]) for t in told] == [
+        ("discriminator", 3, "boost"),
+        ("policy", 3, "paused"),
+    ]
+    assert "accuracy 0.500 < 0.54" in told[1]["reason"]
+    assert trainer.take_transitions() == []
+    assert trainer.update(rollouts(0, 10), demonstrations(0, 10), step=3)["policy_factor"] == 0.0
+
+
 def test_missing_columns_and_empty_sides_are_named(tiny_model: Path) -> None:
     trainer = DiscriminatorTrainer(small(), str(tiny_model), seed=0)
     with pytest.raises(ValueError, match="finish_reason"):
@@ -175,3 +251,16 @@ def test_calibration_error_of_known_cases() -> None:
     certain = torch.tensor([50.0, 50.0, -50.0, -50.0])
     assert calibration_error(certain, side, weight) == pytest.approx(0.25)
     assert calibration_error(torch.zeros(4), side, balanced_weights(side)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_comparisons_are_calibrated_as_outcomes() -> None:
+    """Three of four comparisons won at a lead of log 3: the stated .75 is the frequency."""
+    lead = float(np.log(3.0))
+    sequence = torch.tensor([lead, lead, lead, 0.0, 0.0, 0.0, 0.0, lead])
+    side = torch.tensor([True, True, True, True, False, False, False, False])
+    prompt = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    arguments = (sequence, side, balanced_weights(side), prompt)
+    assert calibration("bradley_terry", *arguments) == pytest.approx(0.0, abs=1e-6)
+    shifted = (sequence + 7.0, *arguments[1:])
+    assert calibration("bradley_terry", *shifted) == pytest.approx(0.0, abs=1e-6)
+    assert calibration("wasserstein", *shifted) == pytest.approx(calibration("wasserstein", *arguments))
