@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from services.answers import first_prompts, human_answers
 from services.config import Config
 from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
+from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
 from services.report import write_samples
-from services.system import System, first_prompts
+from services.system import System
 
 Row = dict[str, Any]
 
@@ -36,6 +39,7 @@ class Evaluator:
         self.best_key = float("-inf")
         self.test_nll: dict[str, float] = {}
         self._embedder: Embedder | None = None
+        self._extra = load_extra_measures(config.evaluation.extra_measures)
         self._train = system.splits.train["response"].to_pylist()
 
     async def selection(self, step: int) -> tuple[Row, list[dict[str, str]]]:
@@ -45,7 +49,8 @@ class Evaluator:
         """
         split, prompts = self.system.splits.selection, self.config.evaluation.prompts
         texts = await self._draw(split, prompts, step)
-        row = await self._measure(texts, await self.system.human_nll(split, prompts))
+        nll = await self.system.human_nll(split, prompts)
+        row = await self._with_extra(await self._measure(texts, nll), texts, "model", nll, split, prompts)
         self.curve.append((step, row))
         write_samples(
             self.config.folder, step, *(texts[name].to_pylist() for name in ("prompt", "human", "model"))
@@ -63,25 +68,26 @@ class Evaluator:
 
     async def finish(self, step: int) -> dict[str, Row]:
         """The closing table's rows on test prompts: base, best, last, human."""
+        split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
         await self.export("last")
         await self._keep_test("last", step)
         rows: dict[str, Row] = {}
         for name in ("base", "best", "last"):
             texts = pq.read_table(self._test_file(name))
-            rows[name] = {
-                **await self._measure(texts, self.test_nll[name]),
-                "step": self._step_of(name, step),
-            }
-        texts = pq.read_table(self._test_file("last"))
-        rows["human"] = await asyncio.to_thread(
+            nll = self.test_nll[name]
+            row = await self._with_extra(await self._measure(texts, nll), texts, "model", nll, split, prompts)
+            rows[name] = {**row, "step": self._step_of(name, step)}
+        texts, least = pq.read_table(self._test_file("last")), min(self.test_nll.values())
+        row = await asyncio.to_thread(
             human_row,
             texts["prompt_id"].to_pylist(),
             texts["human"].to_pylist(),
             self._train,
-            min(self.test_nll.values()),
+            least,
             self.config.evaluation,
             self._embed(),
         )
+        rows["human"] = await self._with_extra(row, texts, "human", least, split, prompts)
         return rows
 
     def samples(self, count: int) -> list[dict[str, str]]:
@@ -164,6 +170,25 @@ class Evaluator:
             self.config.evaluation,
             self._embed(),
         )
+
+    async def _with_extra(
+        self, row: Row, texts: pa.Table, side: str, nll: float, split: pa.Table, prompts: int
+    ) -> Row:
+        """`row` with the user's own measures of the answers in column `side` of `texts`."""
+        if self._extra is None:
+            return row
+        human = human_answers(
+            first_prompts(split, prompts), self.system.renderer, self.config.sampling.max_tokens
+        )
+        answers = Answers(
+            prompts=texts["prompt"].to_pylist(),
+            human=texts["human"].to_pylist(),
+            model=texts[side].to_pylist(),
+            demonstrations=self._train,
+            nll=nll,
+            human_tokens=pc.mean(pc.list_value_length(human["response_ids"])).as_py(),
+        )
+        return await asyncio.to_thread(with_extra_measures, row, self._extra, answers)
 
     def _embed(self) -> Embedder | None:
         settings = self.config.evaluation

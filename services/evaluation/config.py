@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from rollout.config import Section
 
@@ -53,5 +53,19 @@ class EvaluationConfig(Section):
     shown_samples: Annotated[int, Field(ge=0)] = 4
     """Responses shown beside their demonstrations at every evaluation."""
 
+    extra_measures: str = ""
+    """A function of your own whose measures join every evaluation row: "path/to/file.py:function" or
+    "package.module:function". It takes one services.evaluation.extra_measures.Answers and returns a
+    dictionary of numbers. Empty: none."""
+
     seed: int = 0
     """Seed of sampling, folds, bootstrap and subsampling in evaluations."""
+
+    @field_validator("extra_measures")
+    @classmethod
+    def _names_a_function(cls, reference: str) -> str:
+        source, colon, function = reference.rpartition(":")
+        dotted = source.endswith(".py") or all(part.isidentifier() for part in source.split("."))
+        if reference and not (colon and dotted and function.isidentifier()):
+            raise ValueError('write "path/to/file.py:function" or "package.module:function"')
+        return reference

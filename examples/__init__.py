@@ -1,0 +1,1 @@
+"""Examples that are code; run them from the repository root with `python -m`."""

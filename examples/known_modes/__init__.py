@@ -1,0 +1,1 @@
+"""A synthetic language whose modes are known, so that losing one can be counted."""
