@@ -1,4 +1,6 @@
-"""Human answers as token rows, for their likelihood under the policy. Read only, never trained on."""
+"""The human answers an evaluation looks at, and their token rows for the likelihood under the policy. Read
+only, never trained on.
+"""
 
 import pyarrow as pa
 
@@ -17,3 +19,17 @@ def human_answers(split: pa.Table, renderer: Renderer, max_tokens: int) -> pa.Ta
             "response_ids": pa.array(responses, pa.list_(pa.int32())),
         }
     )
+
+
+def first_prompts(split: pa.Table, prompts: int) -> pa.Table:
+    """Rows of the first `prompts` prompts of a split by prompt id (a hash, hence an arbitrary but fixed
+    choice).
+    """
+    ordered = split.sort_by("prompt_id")
+    wanted: dict[str, None] = {}
+    keep = []
+    for row, identifier in enumerate(ordered["prompt_id"].to_pylist()):
+        if identifier in wanted or len(wanted) < prompts:
+            wanted[identifier] = None
+            keep.append(row)
+    return ordered.take(keep)

@@ -82,13 +82,20 @@ class Config(Section):
             problems.append("data.demonstrations is empty: give a JSONL or Parquet file or a dataset folder")
         if self.run.exact and (self.run.max_policy_lag or self.run.max_disc_lag):
             problems.append("run.exact needs run.max_policy_lag = 0 and run.max_disc_lag = 0")
-        if self.learner.baseline == "group" and self.sampling.group_size == 1:
+        if self.learner.needs_groups and self.sampling.group_size == 1:
             problems.append(
-                'learner.baseline = "group" needs sampling.group_size > 1; use "batch" or more samples'
+                f'learner.advantage = "{self.learner.advantage}" with learner.baseline = '
+                f'"{self.learner.baseline}" compares the answers to one prompt: it needs '
+                "sampling.group_size > 1"
             )
         if self.learner.lora.rank and self.learner.zero_stage == 3:
             problems.append(
                 "learner.lora with learner.zero_stage = 3 cannot be merged for the sync; use stage 1 or 2"
+            )
+        if self.discriminator.reward.form == "relativistic" and self.data.prompts:
+            problems.append(
+                'discriminator.reward.form = "relativistic" compares with the prompt\'s demonstration, which '
+                "data.prompts has not; leave one out"
             )
         if self.rollout.max_model_len is not None:
             need = self.data.max_prompt_tokens + self.sampling.max_tokens

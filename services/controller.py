@@ -110,14 +110,16 @@ class Controller:
         version = self.system.disc_version
         with self.timer("score"):
             answers = await self.system.score(batch, version)
+            inputs = await self.system.reward_inputs(batch, version)
         settings = self.config.discriminator
         scores, spans = [item["scores"] for item in answers], [item["spans"] for item in answers]
-        return stamp(batch, version, scores, spans, level=settings.level, config=settings.reward)
+        return stamp(batch, version, scores, spans, level=settings.level, config=settings.reward, **inputs)
 
     async def learn(self, scored: pa.Table) -> dict[str, Any]:
-        """One policy update; returns the learner's metrics."""
+        """One policy update, slower or none where the health gate says so; returns the learner's metrics."""
+        factor = self._disc_metrics.get("policy_factor", 1.0)
         with self.timer("learn"):
-            metrics = (await self.system.learn(scored, self.step))[0]
+            metrics = (await self.system.learn(scored, self.step, factor))[0]
         for group in pc.unique(scored["group_id"]).to_pylist():
             self.ledger.train(group)
         self.timer.tokens("learn", _tokens(scored))

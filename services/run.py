@@ -13,12 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
+from discriminator.external_reward import UserRewardError, load_user_reward
 from rollout.data import DataError, DataSplits, load_data, require_at_least
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.alarms import AlarmBounds, Alarms
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
+from services.evaluation.extra_measures import load_extra_measures
 from services.metrics import MetricsLog, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 from services.report import make_console
@@ -48,6 +50,7 @@ def run(config: Config, *, resume: bool) -> int:
     tokenizer = load_tokenizer(config.policy)
     check_model(config.policy, config.data, config.sampling, tokenizer)
     _check_other_models(config)
+    _check_user_functions(config)
     renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
     _check_data(config, splits)
@@ -88,6 +91,15 @@ def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
             "Use --resume to go on with it, or another run.name"
         )
     return checkpoints
+
+
+def _check_user_functions(config: Config) -> None:
+    """The user's own functions can be loaded."""
+    load_extra_measures(config.evaluation.extra_measures)
+    try:
+        load_user_reward(config.discriminator.reward)
+    except UserRewardError as error:
+        raise ConfigError(f"discriminator.reward: {error}") from None
 
 
 def _check_other_models(config: Config) -> None:
@@ -273,6 +285,8 @@ class _Run:
         """Record one step's metrics, raise alarms, show progress."""
         row = self.log.log(step, values)
         self.rows.append(row)
+        if "discriminator/transition" in row:
+            self.display.note(f"health: {row['discriminator/transition']}")
         for alarm in self.alarms.check(self.rows):
             self.display.note(f"alarm: {alarm.name}: {alarm.message}")
         self.display.step(step, row)

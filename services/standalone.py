@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rollout.data import load_data, prompt_id, read_prompts
 from rollout.engine import check_vllm_version
 from rollout.prompts import evaluation_requests
 from rollout.templates import Renderer, check_model, load_tokenizer
 from rollout.worker import RolloutWorker
+from services.answers import first_prompts, human_answers
 from services.config import Config, ConfigError
+from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
 from services.plan import local_gpus, resource_plan
 
 
@@ -22,10 +25,10 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
     from services.evaluation.embed import make_embedder
     from services.evaluation.evaluate import evaluate_texts, human_row
     from services.report import closing_table, make_console
-    from services.system import first_prompts
 
     if json_out is not None and json_out.exists():
         raise ConfigError(f"{json_out} exists already; nothing was overwritten")
+    measures = load_extra_measures(config.evaluation.extra_measures)
     config = resource_plan(config, gpus=local_gpus()).settle(config)
     renderer = _renderer(config)
     splits = load_data(config.data, renderer)
@@ -43,6 +46,13 @@ def evaluate_model(config: Config, json_out: Path | None) -> None:
     train = splits.train["response"].to_pylist()
     row = evaluate_texts(identifiers, [answers[i] for i in identifiers], texts, train, nll, settings, embed)
     floor = human_row(identifiers, texts, train, nll, settings, embed)
+    if measures is not None:
+        prompts = [renderer.shown(prompt) for prompt in human["prompt"].to_pylist()]
+        tokens = human_answers(human, renderer, config.sampling.max_tokens)["response_ids"]
+        length = pc.mean(pc.list_value_length(tokens)).as_py()
+        model = [answers[i] for i in identifiers]
+        row = with_extra_measures(row, measures, Answers(prompts, texts, model, train, nll, length))
+        floor = with_extra_measures(floor, measures, Answers(prompts, texts, texts, train, nll, length))
     make_console().print(closing_table({"last": row, "human": floor}))
     if json_out is not None:
         json_out.write_text(
@@ -105,8 +115,7 @@ def _human_nll(config: Config, renderer: Renderer, human: pa.Table) -> float:
     """Mean negative log-likelihood of the human answers, nats per token, with plain transformers and packed
     prompts.
     """
-    from learner.policy import mean_nll
-    from services.answers import human_answers
+    from learner.pretrained import mean_nll
 
     table = human_answers(human, renderer, config.sampling.max_tokens)
     return mean_nll(config.policy, config.learner, table, temperature=config.sampling.temperature)

@@ -21,11 +21,12 @@ from learner.trainer import GroupPlan, TrainerGroup
 from rollout.data import DataSplits
 from rollout.prompts import PromptSource, evaluation_requests
 from rollout.templates import Renderer
-from services.answers import human_answers
+from services.answers import first_prompts, human_answers
 from services.config import Config
 from services.demonstrations import Demonstrations
 from services.fleet import FleetError, RolloutFleet
 from services.plan import ResourcePlan
+from services.reward_inputs import RewardInputs
 from services.scoring import deploy
 
 BUFFER_S = 120.0
@@ -62,6 +63,7 @@ class System:
         self.demonstrations = Demonstrations(
             splits, renderer.tokenizer, config.discriminator.canonical, config.sampling.max_tokens
         )
+        self.reward_inputs = RewardInputs(config.discriminator, self.demonstrations.train, self.score)
         self._mending = asyncio.Lock()
 
     # Life
@@ -112,6 +114,8 @@ class System:
             "schedule_steps": config.learner.schedule_steps or updates,
             "gamma": config.gamma,
         }
+        if config.learner.normalise == "constant":
+            settled["constant_length"] = config.learner.constant_length or config.sampling.max_tokens
         return {
             "learner": config.learner.model_copy(update=settled),
             "policy": config.policy,
@@ -150,9 +154,14 @@ class System:
 
     def _deploy(self) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
+        config = settings["config"]
+        if self.config.run.exact:
+            # Which groups meet in a batch is a matter of timing, and rounding depends on a product's shape.
+            alone = config.scoring.model_copy(update={"max_batch_groups": 1})
+            config = config.model_copy(update={"scoring": alone})
         return deploy(
             self.app,
-            settings["config"],
+            config,
             settings["model"],
             self.config.policy.dtype,
             self.versions,
@@ -212,10 +221,12 @@ class System:
                 scores[row] = item
         return scores
 
-    async def learn(self, scored: pa.Table, step: int) -> list[dict[str, float]]:
-        """One policy update; metrics by rank."""
+    async def learn(self, scored: pa.Table, step: int, lr_factor: float) -> list[dict[str, float]]:
+        """One policy update, its learning rate scaled by `lr_factor`; metrics by rank."""
         timeout = self.config.learner.step_timeout_s
-        return await self.learner.call("train_step", timeout_s=timeout, table=ray.put(scored), step=step)
+        return await self.learner.call(
+            "train_step", timeout_s=timeout, table=ray.put(scored), step=step, lr_factor=lr_factor
+        )
 
     async def sync(self, version: int) -> dict[str, float]:
         """Broadcast the policy as `version` to every rollout worker; returns timings of sender and slowest
@@ -385,17 +396,3 @@ async def _within(timeout_s: float, what: str, call: Any) -> Any:
 
 async def _answer(ref: Any) -> Any:
     return await ref
-
-
-def first_prompts(split: pa.Table, prompts: int) -> pa.Table:
-    """Rows of the first `prompts` prompts of a split by prompt id (a hash, hence an arbitrary but fixed
-    choice).
-    """
-    ordered = split.sort_by("prompt_id")
-    wanted: dict[str, None] = {}
-    keep = []
-    for row, identifier in enumerate(ordered["prompt_id"].to_pylist()):
-        if identifier in wanted or len(wanted) < prompts:
-            wanted[identifier] = None
-            keep.append(row)
-    return ordered.take(keep)

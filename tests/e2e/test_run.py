@@ -125,8 +125,8 @@ def test_models_load_in_transformers_and_score_as_the_summary_says(unbroken, con
 
     from rollout.data import load_data
     from rollout.templates import Renderer
+    from services.answers import first_prompts
     from services.config import load
-    from services.system import first_prompts
 
     settings = load(configuration)
     model = AutoModelForCausalLM.from_pretrained(unbroken.folder / name).eval()

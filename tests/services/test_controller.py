@@ -108,7 +108,11 @@ class Machine:
         scores = np.array([0.1, 0.2, float(version)], dtype=np.float32)
         return [{"scores": scores, "spans": [(0, 1), (1, 2), (2, 3)]} for _ in range(batch.num_rows)]
 
-    async def learn(self, scored: pa.Table, step: int) -> list[dict[str, float]]:
+    async def reward_inputs(self, batch: pa.Table, version: int) -> dict[str, list[float]]:
+        return {}
+
+    async def learn(self, scored: pa.Table, step: int, lr_factor: float) -> list[dict[str, float]]:
+        assert lr_factor == 1.0
         assert step == self.learned
         self.trained.append(scored)
         await self._busy("learn", step)

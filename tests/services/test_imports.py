@@ -34,6 +34,19 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
+LOADS_THE_USERS_CODE = {"discriminator/external_reward.py", "services/evaluation/extra_measures.py"}
+
+
+def test_only_the_users_own_functions_are_loaded_by_a_computed_name():
+    found = {
+        str(path.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for path in modules(package)
+        if "resolve_name" in path.read_text()
+    }
+    assert found == LOADS_THE_USERS_CODE
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_point_one_way(package):
     assert modules(package)

@@ -80,6 +80,7 @@ class OneProcess:
         self.learner = PolicyLearner(model, config.learner, model_dtype="float32")
         self.published: dict[int, Any] = {}
         self.disc_version = 0
+        self.replacements = 0
         self._publish(0)
         self.seen: list[pa.Table] = []
 
@@ -135,9 +136,12 @@ class OneProcess:
             answers.append({"scores": scored.scores, "spans": scored.spans})
         return answers
 
-    async def learn(self, scored: pa.Table, step: int) -> list[dict[str, float]]:
+    async def reward_inputs(self, batch: pa.Table, version: int) -> dict[str, list[float]]:
+        return {}
+
+    async def learn(self, scored: pa.Table, step: int, lr_factor: float) -> list[dict[str, float]]:
         self.seen.append(scored)
-        return [self.learner.train_step(scored, step)]
+        return [self.learner.train_step(scored, step, lr_factor)]
 
     async def sync(self, version: int) -> dict[str, float]:
         return {}
