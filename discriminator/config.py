@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from discriminator.audit_config import AuditConfig
 from learner.config import LoraConfig, OptimizerConfig
 from rollout.config import Section
 
@@ -340,6 +341,9 @@ class DiscriminatorConfig(OptimizerConfig):
 
     scoring: ScoringConfig = ScoringConfig()
     """The scoring service."""
+
+    audit: AuditConfig = AuditConfig()
+    """Which cheap cues are looked for, and when a run is refused for one."""
 
     @model_validator(mode="before")
     @classmethod

@@ -40,6 +40,23 @@ class AlarmBounds:
     """Entropy has collapsed when it falls below this share of its first value."""
     length_share: float = 0.7
     """Share of responses cut by the length limit that is too large."""
+    mode_share: float = 0.7
+    """Modes have collapsed when the policy's effective number of modes falls below this share of the
+    humans'."""
+    modes_lost: float = 0.1
+    """Modes have collapsed when human answers of this share lie in modes that the policy has lost since it
+    covered most."""
+    repetition: float = 0.2
+    """Largest excess over the humans of the share of tokens inside repeated n-grams."""
+    length_rank_correlation: float = 0.3
+    """Rank correlation of reward and length that counts as a pull towards longer (or shorter) responses."""
+    length_drift: float = 1.25
+    """Length is hacked when such a pull has taken responses this many times beyond the humans' length."""
+    copy_excess: float = 0.05
+    """Largest share of copied demonstrations above the natural rate, at the lower end of its interval."""
+    recurrence: float = 0.5
+    """The discriminator cycles when its ranking agrees by this much more with an earlier version than with
+    one in between."""
 
 
 def _recent(rows: Rows, key: str, count: int) -> list[float]:
@@ -104,6 +121,73 @@ def truncation(rows: Rows, bounds: AlarmBounds) -> str | None:
     return None
 
 
+def mode_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/mode_share`, `monitor/modes_lost`: the policy answers in fewer ways than the humans do (than
+    the base did, where that had fewer already), or no longer in ways it had."""
+    share, lost = _recent(rows, "monitor/mode_share", 1), _recent(rows, "monitor/modes_lost", 1)
+    if share:
+        began = next(row["monitor/mode_share"] for row in rows if row.get("monitor/mode_share") is not None)
+        bound = bounds.mode_share * min(1.0, began)
+        if share[-1] < bound:
+            return f"effective number of modes is {share[-1]:.2f} of the humans' (bound {bound:.2g})"
+    if lost:
+        least = min(
+            float(row["monitor/modes_lost"]) for row in rows if row.get("monitor/modes_lost") is not None
+        )
+        if lost[-1] - least > bounds.modes_lost:
+            return (
+                f"{lost[-1]:.0%} of the human answers lie in modes the policy has lost, at best {least:.0%}"
+            )
+    return None
+
+
+def repetition(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/repetition`: responses repeat themselves more than human answers do."""
+    model, human = _recent(rows, "monitor/repetition", 1), _recent(rows, "monitor/repetition_human", 1)
+    if model and human and model[-1] - human[-1] > bounds.repetition:
+        return f"{model[-1]:.0%} of the tokens lie in repeated n-grams, {human[-1]:.0%} in human answers"
+    return None
+
+
+def length_hacking(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`reward/length_spearman` pulls the length one way and `monitor/length_ratio` has gone that way, past
+    the humans."""
+    pull = _recent(rows, "reward/length_spearman", bounds.window)
+    ratio = _recent(rows, "monitor/length_ratio", 1)
+    if not pull or not ratio:
+        return None
+    mean = sum(pull) / len(pull)
+    longer = mean > bounds.length_rank_correlation and ratio[-1] > bounds.length_drift
+    shorter = mean < -bounds.length_rank_correlation and ratio[-1] < 1 / bounds.length_drift
+    if longer or shorter:
+        return (
+            f"responses are {ratio[-1]:.2f} times as long as the humans', and reward's rank correlation with "
+            f"length is {mean:+.2f} over {len(pull)} steps"
+        )
+    return None
+
+
+def copying(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/copy_excess`: the policy writes demonstrations word by word more often than humans would."""
+    excess = _recent(rows, "monitor/copy_excess", 1)
+    if excess and excess[-1] > bounds.copy_excess:
+        rate, natural = (_recent(rows, f"monitor/copy_{name}", 1) for name in ("rate", "natural"))
+        seen = f" ({rate[-1]:.1%}, natural {natural[-1]:.1%})" if rate and natural else ""
+        return f"copies of demonstrations exceed the natural rate by at least {excess[-1]:.1%}{seen}"
+    return None
+
+
+def cycling(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/recurrence`: the discriminator has come back to a judgement that it had left."""
+    values = _recent(rows, "monitor/recurrence", 1)
+    if values and values[-1] > bounds.recurrence:
+        return (
+            f"the discriminator's ranking of fixed probes agrees by {values[-1]:.2f} more with an earlier "
+            "version than with one in between"
+        )
+    return None
+
+
 CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
     check.__name__: check
     for check in (
@@ -114,6 +198,11 @@ CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
         length_reward,
         entropy_collapse,
         truncation,
+        mode_collapse,
+        repetition,
+        length_hacking,
+        copying,
+        cycling,
     )
 }
 

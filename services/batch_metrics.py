@@ -3,9 +3,11 @@
 import numpy as np
 import pyarrow as pa
 
+from services.evaluation.monitors import spearman
+
 
 def reward_metrics(scored: pa.Table) -> dict[str, float]:
-    """Mean, spread and range of a batch's summed rewards, and their correlation with response length."""
+    """Mean, spread and range of a batch's summed rewards, and their correlations with length."""
     total = np.array([float(np.sum(row)) for row in scored["token_rewards"].to_pylist()])
     length = np.array([len(ids) for ids in scored["response_ids"].to_pylist()], dtype=float)
     spread = float(total.std())
@@ -17,6 +19,7 @@ def reward_metrics(scored: pa.Table) -> dict[str, float]:
         "max": float(total.max()),
         "score_mean": float(np.mean(scored["score"].to_numpy())),
         "length_correlation": related,
+        "length_spearman": spearman(total, length),
     }
 
 

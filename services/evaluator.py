@@ -21,6 +21,7 @@ from services.config import Config
 from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
+from services.evaluation.monitors import evaluation_monitors
 from services.report import write_samples
 from services.system import System
 
@@ -41,6 +42,10 @@ class Evaluator:
         self._embedder: Embedder | None = None
         self._extra = load_extra_measures(config.evaluation.extra_measures)
         self._train = system.splits.train["response"].to_pylist()
+        self.responses = pa.table({})
+        """Trajectories of the last selection evaluation."""
+        self.monitors: dict[str, float] = {}
+        """What it says about collapse, repetition and copying."""
 
     async def selection(self, step: int) -> tuple[Row, list[dict[str, str]]]:
         """Evaluate on selection prompts; keeps the model and its test responses if it is the best so far.
@@ -48,7 +53,16 @@ class Evaluator:
         Returns the row and the first samples beside their demonstrations.
         """
         split, prompts = self.system.splits.selection, self.config.evaluation.prompts
-        texts = await self._draw(split, prompts, step)
+        texts, self.responses = await self._draw(split, prompts, step)
+        self.monitors = await asyncio.to_thread(
+            evaluation_monitors,
+            texts["prompt_id"].to_pylist(),
+            texts["model"].to_pylist(),
+            texts["human"].to_pylist(),
+            self._train,
+            self._embed(),
+            seed=self.config.evaluation.seed,
+        )
         nll = await self.system.human_nll(split, prompts)
         row = await self._with_extra(await self._measure(texts, nll), texts, "model", nll, split, prompts)
         self.curve.append((step, row))
@@ -131,13 +145,14 @@ class Evaluator:
 
     async def _keep_test(self, name: str, step: int) -> None:
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
-        texts = await self._draw(split, prompts, step)
+        texts, _ = await self._draw(split, prompts, step)
         self.test_nll[name] = await self.system.human_nll(split, prompts)
         self._test_file(name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(texts, self._test_file(name))
 
-    async def _draw(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
-        """Columns prompt_id, prompt, human, model: one row per human answer and sample."""
+    async def _draw(self, split: pa.Table, prompts: int, step: int) -> tuple[pa.Table, pa.Table]:
+        """Columns prompt_id, prompt, human, model, one row per human answer and sample; and the samples as
+        trajectories."""
         responses = await self.system.sample(split, prompts, step)
         human = first_prompts(split, prompts)
         answers: dict[str, list[str]] = {}
@@ -157,7 +172,7 @@ class Evaluator:
             )
             for text in answers[identifier]
         ]
-        return pa.Table.from_pylist(rows, schema=TEXTS)
+        return pa.Table.from_pylist(rows, schema=TEXTS), responses
 
     async def _measure(self, texts: pa.Table, nll: float) -> Row:
         return await asyncio.to_thread(

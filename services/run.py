@@ -21,7 +21,7 @@ from services.alarms import AlarmBounds, Alarms
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.evaluation.extra_measures import load_extra_measures
-from services.metrics import MetricsLog, process_memory, read_metrics
+from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 from services.report import make_console
 
@@ -181,6 +181,7 @@ class _Run:
         from services.display import Display
         from services.evaluator import Evaluator
         from services.system import System
+        from services.watch import Watch
 
         self.config = config
         self.resume = resume
@@ -189,7 +190,7 @@ class _Run:
         self.began = time.monotonic()
         self.earlier_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
-        self.evaluation_row: dict[str, Any] = {}
+        self.watched: dict[str, Any] = {}
         start = checkpoints.steps()[-1] if resume else 0
         config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / "config.toml").write_text(to_toml(config))
@@ -199,9 +200,12 @@ class _Run:
         self.system = System(config, plan, splits, renderer)
         self.controller = Controller(config, self.system, self.observe, self.display.phase)
         self.evaluator = Evaluator(config, self.system, self.display.note)
+        self.watch = Watch(config, self.system)
 
     async def main(self) -> int:
         """Start, train, report; every way out ends the processes."""
+        from services.auditor import ShortcutRefusal
+
         loop = asyncio.get_running_loop()
         work = asyncio.ensure_future(self._work())
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -212,6 +216,10 @@ class _Run:
             self.console.print("stopped; the last finished checkpoint stays")
             await self.system.abort()
             return INTERRUPTED
+        except ShortcutRefusal as refusal:
+            self.console.print(str(refusal), markup=False)
+            await self.system.abort()
+            return FAILED
         except Exception:  # the top of the program: the whole traceback, then an orderly end and exit code 1
             traceback.print_exc()
             steps = self.checkpoints.steps()
@@ -254,6 +262,7 @@ class _Run:
         return 0
 
     async def _begin(self) -> None:
+        await self.watch.begin(self.display.note)
         self.display.note("evaluating the base model")
         await self._evaluate(0)
         with self.controller.timer("warm-up"):
@@ -280,16 +289,25 @@ class _Run:
             self.display.note(
                 f"    {sample['prompt']!r}  human: {sample['human']!r}  model: {sample['model']!r}"
             )
+        await self.controller.quiesce()  # or timing would decide which discriminator judges the probes
+        with self.controller.timer("evaluate"):
+            self.watched = await self.watch.evaluated(step, self.evaluator)
+        row.update(flatten(self.watched))
+        self._raise_alarms([*self.rows, {"step": step, **flatten(self.watched)}])
 
     def observe(self, step: int, values: dict[str, Any]) -> None:
-        """Record one step's metrics, raise alarms, show progress."""
-        row = self.log.log(step, values)
+        """Record one step's metrics (with what the evaluation before it saw), raise alarms, show progress."""
+        row = self.log.log(step, {**values, **self.watched})
+        self.watched = {}
         self.rows.append(row)
         if "discriminator/transition" in row:
             self.display.note(f"health: {row['discriminator/transition']}")
-        for alarm in self.alarms.check(self.rows):
-            self.display.note(f"alarm: {alarm.name}: {alarm.message}")
+        self._raise_alarms(self.rows)
         self.display.step(step, row)
+
+    def _raise_alarms(self, rows: list[dict[str, Any]]) -> None:
+        for alarm in self.alarms.check(rows):
+            self.display.note(f"alarm: {alarm.name}: {alarm.message}")
 
     async def _save(self) -> None:
         with self.controller.timer("checkpoint"):
@@ -302,6 +320,8 @@ class _Run:
                 "controller": self.controller.state(),
                 "evaluator": self.evaluator.state(),
                 "alarms": self.alarms.state_dict(),
+                "watch": self.watch.state(),
+                "watched": self.watched,
                 "seconds": self.earlier_seconds + time.monotonic() - self.began,
             }
             await asyncio.to_thread(self.checkpoints.commit, step, state)
@@ -315,6 +335,8 @@ class _Run:
         self.controller.load_state(state["controller"])
         self.evaluator.load_state(state["evaluator"])
         self.alarms.load_state_dict(state["alarms"])
+        self.watch.load_state(state["watch"])
+        self.watched = state["watched"]
         self.earlier_seconds = state["seconds"]
         self.log.truncate_after(self.controller.step)
         self.rows = read_metrics(self.log.path)

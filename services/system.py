@@ -283,6 +283,13 @@ class System:
         self.disc_version = 0
         return metrics[0]
 
+    async def base_samples(self, count: int) -> pa.Table:
+        """About `count` base responses over the training prompts, for the audit."""
+        prompts = self.splits.rollout_prompts()
+        each = -(-count // prompts.num_rows)
+        source = PromptSource(prompts, self.renderer.encode, each, self.config.run.seed + 2)
+        return await self.generate(source.next(-(-count // each), 0), 0)
+
     async def sample(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
         """Evaluation responses for up to `prompts` prompts of a split, as trajectories."""
         settings = self.config.evaluation

@@ -65,6 +65,8 @@ def configuration(
         start_timeout_s = {START_S}
         batch_size = 16
         warmup_max_steps = 10
+        [discriminator.audit]
+        base_samples = 32
         [discriminator.health]
         enabled = false  # or the discriminator, which wins here, would pause
         [evaluation]

@@ -1,0 +1,31 @@
+"""Configuration of the shortcut audit."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from rollout.config import Section
+
+
+class AuditConfig(Section):
+    """Looks for cues that tell demonstrations from rollouts without reading them, before training and at
+    each evaluation."""
+
+    enabled: bool = True
+    """Off: no base samples are drawn, nothing is looked for, nothing is refused."""
+
+    base_samples: Annotated[int, Field(ge=32)] = 2000
+    """Responses of the base model drawn before training. The training demonstrations are cut to as many."""
+
+    absent_from: PositiveInt = 2000
+    """The policy cannot produce what none of at least this many base samples shows. With fewer samples such a
+    cue is reported and nothing is refused for it."""
+
+    dominant_share: Annotated[float, Field(ge=0.1, le=1)] = 0.5
+    """A value is dominant when at least this share of the demonstrations shows it."""
+
+    least_accuracy: Annotated[float, Field(gt=0.5, le=1)] = 0.55
+    """A cue is named from this balanced accuracy on, if its interval lies above one half."""
+
+    refuse: bool = True
+    """Off: what would keep the run from starting is reported only."""
