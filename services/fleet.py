@@ -16,6 +16,7 @@ from learner.trainer import KEEP_MEMORY
 from rollout.worker import RolloutWorker
 from services.config import Config
 from services.plan import ResourcePlan
+from services.waiting import resolved
 
 
 class FleetError(RuntimeError):
@@ -117,7 +118,7 @@ class RolloutFleet:
         indices = list(indices)
         given = arguments or [()] * len(indices)
         calls = [
-            asyncio.wait_for(_answer(getattr(self.actors[i], method).remote(*given[k])), timeout_s)
+            asyncio.wait_for(resolved(getattr(self.actors[i], method).remote(*given[k])), timeout_s)
             for k, i in enumerate(indices)
         ]
         answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -131,10 +132,6 @@ class RolloutFleet:
                     reasons.append(f"rollout worker {i} failed in {method}: {answer}")
             raise FleetError("; ".join(reasons), failed)
         return answers
-
-
-async def _answer(ref: "ray.ObjectRef") -> Any:
-    return await ref
 
 
 def _in_order(tables: list[pa.Table]) -> pa.Table:

@@ -28,6 +28,7 @@ from services.fleet import FleetError, RolloutFleet
 from services.plan import ResourcePlan
 from services.reward_inputs import RewardInputs
 from services.scoring import deploy
+from services.waiting import within
 
 BUFFER_S = 120.0
 
@@ -100,7 +101,7 @@ class System:
             up("discriminator", self.discriminator.start()),
             up(
                 "scoring",
-                _within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy)),
+                within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy)),
             ),
         )
         await self._connect()
@@ -212,7 +213,7 @@ class System:
             call = self.scorer.score.remote(
                 version, prompts[rows[0]], [(texts[i], complete[i]) for i in rows]
             )
-            return await asyncio.wait_for(_answer(call), timeout)
+            return await within(timeout, "scoring a group", call)
 
         answers = await asyncio.gather(*(one(rows) for rows in groups.values()))
         scores: list[dict[str, Any]] = [{}] * batch.num_rows
@@ -239,9 +240,9 @@ class System:
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
         """The discriminator's turn of `step` on these rollouts and a replay; publishes version step + 1."""
         settings, seed = self.config.discriminator, self.config.run.seed
-        await _within(BUFFER_S, "adding to the replay buffer", self.buffer.add.remote(batch, step))
+        await within(BUFFER_S, "adding to the replay buffer", self.buffer.add.remote(batch, step))
         wanted = settings.batch_size * settings.steps_per_policy_step
-        rollouts = await _within(
+        rollouts = await within(
             BUFFER_S, "sampling the replay buffer", self.buffer.sample.remote(wanted, step=step, seed=seed)
         )
         metrics = await self.discriminator.call(
@@ -256,7 +257,7 @@ class System:
         self.disc_version = step + 1
         return {
             **metrics[0],
-            "buffer": await _within(BUFFER_S, "asking the replay buffer", self.buffer.stats.remote()),
+            "buffer": await within(BUFFER_S, "asking the replay buffer", self.buffer.stats.remote()),
         }
 
     # Before, between and after
@@ -319,7 +320,7 @@ class System:
         await asyncio.gather(
             self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner")),
             self.discriminator.call("save", timeout_s=timeout, folder=str(folder / "discriminator")),
-            _within(
+            within(
                 BUFFER_S, "saving the replay buffer", self.buffer.dump.remote(str(folder / "buffer.parquet"))
             ),
         )
@@ -336,7 +337,7 @@ class System:
             self.discriminator.call(
                 "load", timeout_s=timeout, folder=str(folder / "discriminator"), version=self.disc_version
             ),
-            _within(
+            within(
                 BUFFER_S, "loading the replay buffer", self.buffer.load.remote(str(folder / "buffer.parquet"))
             ),
         )
@@ -392,14 +393,3 @@ class System:
             ) from error
         await self.fleet.replace(error.workers)
         await self._connect()
-
-
-async def _within(timeout_s: float, what: str, call: Any) -> Any:
-    try:
-        return await asyncio.wait_for(_answer(call), timeout_s)
-    except TimeoutError:
-        raise RuntimeError(f"{what} did not finish within {timeout_s:.0f} s") from None
-
-
-async def _answer(ref: Any) -> Any:
-    return await ref
