@@ -17,6 +17,7 @@ from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
 from services.evaluation.config import EvaluationConfig
+from services.methods import Method, with_preset
 
 
 class ConfigError(ValueError):
@@ -34,6 +35,10 @@ class RunSection(Section):
 
     seed: int = 0
     """Seed of everything that is drawn."""
+
+    method: Method = "rlgaf"
+    """Preset for all fields that are not given: `rlgaf` (the defaults) or `gad` (Bradley-Terry critic with
+    GRPO)."""
 
     steps: PositiveInt = 100
     """Learner steps in all (a resumed run goes on to this number)."""
@@ -207,7 +212,7 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
         node[leaf] = value
     _refuse_unknown(raw, path)
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(with_preset(raw))
     except ValidationError as error:
         lines = []
         for problem in error.errors():
