@@ -126,7 +126,7 @@ class TrainableModel:
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         ensure_process_group(self.device, cfg.step_timeout_s)
-        deepspeed = _import_deepspeed(self.device)
+        deepspeed = load_deepspeed(self.device)
         groups = param_groups or default_param_groups(module, cfg.weight_decay)
         optimizer = torch.optim.AdamW(
             groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True
@@ -273,7 +273,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def load_deepspeed(device: torch.device) -> Any:
+    """The module, its process group formed; the one way to get it, here and in tests. Nothing is compiled."""
     if device.type == "cpu":
         # Read once, when DeepSpeed is first imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -48,12 +48,13 @@ class Rank:
         self.rank, self.world, self.folder = rank, world, folder
 
     def build(self, stage: int) -> None:
-        import deepspeed
         import torch
         from transformers import AutoModelForCausalLM
 
+        from learner.engine import load_deepspeed
+
         torch.set_num_threads(1)
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        deepspeed = load_deepspeed(torch.device("cpu"))
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         self.engine, *_ = deepspeed.initialize(
             model=model,
