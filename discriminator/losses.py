@@ -110,29 +110,6 @@ def pointwise(
     return LossOutput(loss, metrics | {"loss": loss.detach()}, {})
 
 
-def bce(
-    scores: Tensor,
-    response: Tensor,
-    last: Tensor,
-    is_demonstration: Tensor,
-    weight: Tensor,
-    *,
-    level: Level,
-    label_smoothing: float,
-) -> LossOutput:
-    """`pointwise` with binary cross-entropy."""
-    return pointwise(
-        "bce",
-        scores,
-        response,
-        last,
-        is_demonstration,
-        weight,
-        level=level,
-        label_smoothing=label_smoothing,
-    )
-
-
 def response_means(values: Tensor, response: Tensor, count: int) -> Tensor:
     """[count] mean over each response's tokens of values [T]."""
     zeros = torch.zeros(count, dtype=values.dtype, device=values.device)

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,13 +7,13 @@ import torch
 from discriminator.losses import (
     POINTWISE,
     balanced_weights,
-    bce,
     bradley_terry,
     judged_metrics,
     pair_weights,
     pointwise,
 )
 
+bce = partial(pointwise, "bce")
 SCORES = torch.tensor([0.3, 2.0, -1.0, 0.5, -0.2, 1.5], requires_grad=True)
 RESPONSE = torch.tensor([0, 0, 1, 2, 2, 2])
 LAST = torch.tensor([1, 2, 5])
