@@ -53,21 +53,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """Within this block adapted layers' own weights hold the merged ones; afterwards they are what they were,
-    bit for bit. Weights must be whole on this rank (ZeRO 1 and 2). Without adapters nothing happens."""
-    weights = [(layer.get_base_layer().weight, merged_weight(layer)) for _, layer in adapters(model)]
-    kept = [weight.detach().clone() for weight, _ in weights]
-    for weight, whole in weights:
-        weight.data.copy_(whole)
-    try:
-        yield
-    finally:
-        for (weight, _), original in zip(weights, kept, strict=True):
-            weight.data.copy_(original)
-
-
 def merged_name(name: str) -> str | None:
     """Name that a parameter of an adapted model has in the plain model, None for adapter weights."""
     if ".lora_" in name:

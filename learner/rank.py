@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from learner import lora
 from learner.config import LearnerConfig
 from learner.policy import PolicyLearner
+from learner.snapshot import Snapshot
+from learner.supervised import supervised_step
 from learner.weight_client import WeightSyncError, WorkerRef
 from learner.weight_sender import WeightSender
 from learner.weight_source import MIB, ModuleWeights
@@ -49,12 +50,26 @@ class LearnerRank:
             seed=seed,
         )
         self.sender: WeightSender | None = None
+        self.kept = Snapshot()
 
     def train_step(self, table: "ray.ObjectRef[pa.Table]", step: int, lr_factor: float) -> dict[str, Any]:
         """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics and this rank's
         memory.
         """
         return self.learner.train_step(ray.get(table), step, lr_factor) | {"memory_mib": memory_mib()}
+
+    def supervised_step(self, table: "ray.ObjectRef[pa.Table]") -> dict[str, Any]:
+        """One supervised update on examples; `supervised_step`'s metrics and this rank's memory."""
+        metrics = supervised_step(self.learner.trainable, self.learner.cfg, ray.get(table))
+        return metrics | {"memory_mib": memory_mib()}
+
+    def keep(self) -> None:
+        """Remember the present weights instead of those remembered before."""
+        self.kept.take(self.learner.trainable)
+
+    def restore(self) -> None:
+        """Go back to the weights that were remembered last."""
+        self.kept.restore(self.learner.trainable)
 
     def connect(self, workers: list[Any], worlds: list[int]) -> None:
         """Form the weight-transfer group with these rollout workers (actor handle and TP x PP of each); a
@@ -68,13 +83,10 @@ class LearnerRank:
         self.sender.connect(refs)
 
     def _make_sender(self, workers: list[WorkerRef]) -> WeightSender:
-        module = self.learner.module
         source = ModuleWeights(
-            module,
+            self.learner.module,
             dtype=self.learner.export_dtype,
             gather_bytes=self.rollout.sync_bucket_mib * MIB,
-            rename=lora.merged_name,
-            merge=lambda: lora.merged(module),
         )
         return WeightSender(
             source,
@@ -107,10 +119,17 @@ class LearnerRank:
     def save(self, folder: str) -> None:
         """Write the learner's part of a checkpoint."""
         self.learner.save(Path(folder))
+        if self.kept.taken:
+            self.kept.save(self._kept_file(folder))
 
     def load(self, folder: str) -> None:
         """Continue from the learner's part of a checkpoint."""
         self.learner.load(Path(folder))
+        if self._kept_file(folder).is_file():
+            self.kept.load(self._kept_file(folder))
+
+    def _kept_file(self, folder: str) -> Path:
+        return Path(folder) / f"kept-{self.rank}.pt"
 
     def export(self, folder: str) -> None:
         """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did."""

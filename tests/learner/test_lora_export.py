@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from two_ranks import run_two_ranks
+from zero_worker import two_updates, whole_weights
 
 from learner import lora
 from learner.config import LearnerConfig
@@ -67,3 +69,16 @@ def test_adapters_off_restores_training(tiny_model):
     assert [p.requires_grad for p in model.parameters()] == trainable
     names = {lora.merged_name(name) for name, _ in model.named_parameters()} - {None}
     assert names == {name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()}
+
+
+def test_two_ranks_change_nothing_and_send_merged_weights(tiny_model, uneven_table, tmp_path):
+    settings = SETTINGS | {"eps": 1e-3, "grad_clip": 0.5}
+    learner, metrics = two_updates(tiny_model, uneven_table, **settings)
+    split = settings | {"pack_length": 24, "micro_batch_tokens": 48}
+    job = {"model": str(tiny_model), "table": uneven_table, "stages": [2, 3], "settings": split}
+    expected = whole_weights(learner)
+    for stage, (weights, ranks_metrics, _) in run_two_ranks(job, tmp_path).items():
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(weights[name], tensor, atol=2e-6, rtol=1e-5, msg=f"{stage}: {name}")
+        assert ranks_metrics[1]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4, abs=1e-7)

@@ -1,13 +1,9 @@
 """Every estimator and loss gives the same updates whatever the packing, the micro-batches, the ZeRO stage and
 the number of ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from two_ranks import run_two_ranks
 from zero_worker import two_updates, whole_weights
 
 # A large epsilon keeps AdamW smooth: near a zero gradient its usual step is the sign of rounding noise.
@@ -91,16 +87,5 @@ def test_two_ranks_change_nothing(tiny_model, uneven_table, tmp_path):
     settings = COMMON | RECIPES["gspo with grpo"] | {"advantage": "gae", "kl_target": 0.01, "epochs": 1}
     learner, metrics = two_updates(tiny_model, uneven_table, **settings, **UNSPLIT)
     job = {"model": str(tiny_model), "table": uneven_table, "stages": [3], "settings": settings | FEW}
-    torch.save(job | {"out": str(tmp_path / "out.pt")}, tmp_path / "job.pt")
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(2):
-        command = [sys.executable, str(Path(__file__).with_name("zero_worker.py")), str(tmp_path / "job.pt")]
-        command += [str(rank), "2", str(tmp_path / "rendezvous")]
-        ranks.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=400)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-    weights, split, _ = torch.load(tmp_path / "out.pt", weights_only=False)[3]
+    weights, split, _ = run_two_ranks(job, tmp_path)[3]
     assert_same_updates((weights, split), (whole_weights(learner), metrics))

@@ -1,15 +1,11 @@
 """A step's result does not depend on how it is split: micro-batches, ranks, ZeRO stages. State survives a
 reload exactly."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from two_ranks import run_two_ranks
 from zero_worker import two_updates, whole_weights
 
 from learner.config import LearnerConfig, OptimizerConfig
@@ -120,19 +116,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, reference_update):
 def test_two_ranks_with_an_uneven_split_change_nothing(tiny_model, reference_update, tmp_path):
     table, weights, metrics = reference_update
     job = {"model": str(tiny_model), "table": table, "stages": [1, 2, 3], "settings": SETTINGS | SPLIT}
-    torch.save(job | {"out": str(tmp_path / "out.pt")}, tmp_path / "job.pt")
-    root = Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(2):
-        command = [sys.executable, str(Path(__file__).with_name("zero_worker.py")), str(tmp_path / "job.pt")]
-        command += [str(rank), "2", str(tmp_path / "rendezvous")]
-        ranks.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=400)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-    results = torch.load(tmp_path / "out.pt", weights_only=False)
+    results = run_two_ranks(job, tmp_path)
     single, _ = two_updates(tiny_model, table, **SETTINGS, **UNSPLIT)
     expected_logprobs = single.response_logprobs(table)
     for stage, (actual, split, logprobs) in results.items():

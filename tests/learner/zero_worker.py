@@ -1,7 +1,8 @@
 """One rank of a multi-process learner test: run as `python zero_worker.py JOB RANK WORLD RENDEZVOUS`.
 
 JOB is a torch file with `model`, `table`, `stages`, `settings` and `out`. For each ZeRO stage the rank makes
-two policy updates and rank 0 saves weights and metrics; with stage 3 it also exports.
+two policy updates and rank 0 saves weights and metrics; it checks that a reload continues exactly, exports,
+and with LoRA checks that the wire carries the same merged weights.
 """
 
 import sys
@@ -25,6 +26,15 @@ def two_updates(model, table, **settings):
     return learner, metrics
 
 
+def wired_weights(learner: PolicyLearner) -> dict[str, torch.Tensor]:
+    """What the rollout workers would be sent, without the checksums."""
+    from learner.weight_source import ModuleWeights
+    from rollout.wire import CHECKSUM_PREFIX
+
+    source = ModuleWeights(learner.module, gather_bytes=1 << 14)
+    return {name: tensor.clone() for name, tensor in source if not name.startswith(CHECKSUM_PREFIX)}
+
+
 def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
@@ -37,6 +47,10 @@ def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
         )
         logprobs = learner.response_logprobs(job["table"])
         results[stage] = (whole_weights(learner), metrics, logprobs)
+        if "lora" in job["settings"]:
+            wired, whole = wired_weights(learner), results[stage][0]
+            assert wired.keys() == whole.keys()
+            assert all(torch.equal(wired[name], whole[name]) for name in whole)
         folder = Path(job["out"]).parent / f"state-{stage}"
         learner.save(folder)
         learner.train_step(job["table"], 2)
