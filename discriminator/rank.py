@@ -11,7 +11,7 @@ import ray
 
 from discriminator.config import DiscriminatorConfig
 from discriminator.trainer import DiscriminatorTrainer
-from learner.rank import memory_mib
+from learner.memory import memory_mib
 
 
 class DiscriminatorRank:
@@ -33,6 +33,9 @@ class DiscriminatorRank:
         self.versions = versions
         self.publish_timeout_s = publish_timeout_s
         self.trainer = DiscriminatorTrainer(config, model, model_dtype=model_dtype, seed=seed)
+        self._gave = False
+        self._given: tuple[str, list[Any]] | None = None
+        """Checksum and payload last published from here; rank 0 only."""
 
     def warm_up(
         self,
@@ -81,10 +84,10 @@ class DiscriminatorRank:
         return memory_mib()
 
     def _publish(self, version: int) -> None:
-        published = self.trainer.publish()
-        if published is not None:
-            payload = [ray.put(published.state)]
-            ray.get(
-                self.versions.publish.remote(version, published.checksum, payload),
-                timeout=self.publish_timeout_s,
-            )
+        if self.trainer.changed or not self._gave:
+            published = self.trainer.publish()
+            self._gave = True
+            if published is not None:
+                self._given = published.checksum, [ray.put(published.state)]
+        if self._given is not None:  # weights that did not change are given again, under the new number
+            ray.get(self.versions.publish.remote(version, *self._given), timeout=self.publish_timeout_s)
