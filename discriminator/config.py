@@ -307,6 +307,14 @@ class DiscriminatorConfig(OptimizerConfig):
     warmup_eval_every: PositiveInt = 5
     """Warm-up steps between two held-out evaluations."""
 
+    warmup_patience: PositiveInt | None = None
+    """Evaluations without a better held-out accuracy that end the warm-up; the weights of its best one are
+    then restored, whatever ended it (None: only accuracy and steps end it)."""
+
+    frozen: bool = False
+    """Train in the warm-up alone: afterwards the weights, and so the rewards, stay as they are. Turns still
+    count and still report the held-out accuracy."""
+
     steps_per_policy_step: Annotated[int, Field(ge=1, le=3)] = 2
     """Discriminator steps per policy step, before the health gate."""
 
@@ -395,5 +403,12 @@ class DiscriminatorConfig(OptimizerConfig):
         if self.pack_length > self.micro_batch_tokens:
             raise ValueError(
                 f"pack_length = {self.pack_length} exceeds micro_batch_tokens = {self.micro_batch_tokens}"
+            )
+        if self.frozen and self.warmup_max_steps == 0:
+            raise ValueError("frozen = true with warmup_max_steps = 0 would reward by an untrained head")
+        if self.frozen and self.health.pause_policy:
+            raise ValueError(
+                "health.pause_policy follows the race of two sides, and with frozen = true there is none; "
+                "drop one"
             )
         return self

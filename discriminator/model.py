@@ -87,6 +87,13 @@ class Discriminator(nn.Module):
             (slope,) = torch.autograd.grad((direction * scores).sum(), embedded, create_graph=True)
         return scores, slope.float().square().sum(-1).flatten()[batch.position]
 
+    def scores_of(self, batch: PackedBatch, responses: Tensor) -> Tensor:
+        """Scores [N] of the batch's response tokens, fp32, when token i has the embedding responses[i] [H]
+        and not that of its id; differentiable in `responses`."""
+        embedded = self.body.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+        placed = embedded.flatten(0, 1).index_copy(0, batch.position, responses.to(embedded.dtype))
+        return self._scores(batch, self._hidden(batch, placed.view_as(embedded)))
+
     def _scores(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
         if self.kind == "causal":
             states = hidden.flatten(0, 1)[batch.position]

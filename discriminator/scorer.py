@@ -52,10 +52,14 @@ class Scorer:
         config: the discriminator's configuration.
         model: hub name or folder of the body, the one the trainer started from.
         model_dtype: dtype that `compute_dtype = "auto"` follows.
+        kept: versions held at most.
     """
 
-    def __init__(self, config: DiscriminatorConfig, model: str, *, model_dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, config: DiscriminatorConfig, model: str, *, model_dtype: str = "bfloat16", kept: int = KEPT
+    ) -> None:
         self.config = config
+        self.kept = kept
         self.model = model
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.compute_dtype, model_dtype, self.device)
@@ -66,6 +70,18 @@ class Scorer:
     def versions(self) -> list[int]:
         """The versions held, oldest first."""
         return list(self._modules)
+
+    def module(self, version: int) -> Discriminator:
+        """The frozen module of a version, in evaluation mode.
+
+        Raises:
+            UnknownVersion: the version is not held; no other one answers for it.
+        """
+        if version not in self._modules:
+            raise UnknownVersion(
+                f"discriminator version {version} is not held; held: {self.versions() or 'none'}"
+            )
+        return self._modules[version]
 
     def ensure(self, version: int, fetch: Fetch) -> None:
         """Hold a version, fetching it when it is not here; the oldest of two makes room.
@@ -87,7 +103,7 @@ class Scorer:
                     f"discriminator version {version} arrived with checksum {found[:12]}, "
                     f"published was {checksum[:12]}"
                 )
-            if len(self._modules) < KEPT:
+            if len(self._modules) < self.kept:
                 module = load_discriminator(
                     self.config, self.model, device=str(self.device), dtype=self.dtype, lora=False
                 )
@@ -109,16 +125,13 @@ class Scorer:
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts with {len(responses)} lists of responses")
         with self._lock:
-            if version not in self._modules:
-                raise UnknownVersion(
-                    f"discriminator version {version} is not held; held: {self.versions() or 'none'}"
-                )
+            module = self.module(version)
             encoded = [
                 self.canonical.encode(prompt, text, complete=complete)
                 for prompt, answers in zip(prompts, responses, strict=True)
                 for text, complete in answers
             ]
-            flat = iter(self._scores(self._modules[version], encoded))
+            flat = iter(self._scores(module, encoded))
         return [[next(flat) for _ in answers] for answers in responses]
 
     def _scores(self, module: Discriminator, encoded: list[Encoded]) -> list[ScoredResponse]:

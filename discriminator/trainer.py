@@ -39,8 +39,10 @@ from discriminator.negatives import length_matched_weights, perturbed
 from discriminator.objective import Objective, StepRows, needs_first_pass, response_values, step_rows
 from discriminator.versions import state_checksum
 from learner import lora
+from learner.early_stopping import EarlyStopping
 from learner.engine import TrainableModel, resolve_device, resolve_dtype
 from learner.packing import Group, PackedBatch, pad_batches, split_for_ranks
+from learner.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,8 @@ class DiscriminatorTrainer:
     def warm_up(
         self, rollouts: pa.Table, demonstrations: pa.Table, heldout: pa.Table, heldout_rollouts: pa.Table
     ) -> dict[str, float]:
-        """Train until held-out accuracy reaches `warmup_accuracy` or `warmup_max_steps` are done.
+        """Train until held-out accuracy reaches `warmup_accuracy`, `warmup_max_steps` are done or
+        `warmup_patience` is at its end; with a patience, then go back to the best weights.
 
         Args:
             rollouts: of the untrained policy, on training prompts.
@@ -112,19 +115,29 @@ class DiscriminatorTrainer:
             heldout_rollouts: rollouts that the warm-up does not train on.
 
         Returns:
-            The last evaluation, with `steps`.
+            The evaluation of the weights that stay, with `steps` and `tokens_trained` (see `update`).
 
         Raises:
             ValueError: a table is empty or lacks a column.
         """
-        done = 0
-        metrics = self._evaluate(heldout, heldout_rollouts)
+        done, tokens, patience = 0, 0.0, self.config.warmup_patience
+        metrics = best = self._evaluate(heldout, heldout_rollouts)
+        stopping, kept = EarlyStopping(patience or 1), Snapshot()
         plan = self._plan(rollouts, self.config.warmup_max_steps, WARM_UP_STEP)
         while done < self.config.warmup_max_steps and metrics["accuracy"] < self.config.warmup_accuracy:
             for rows in plan[done : done + self.config.warmup_eval_every]:
-                self._train(rollouts.take(rows), demonstrations, WARM_UP_STEP, done)
+                trained = self._train(rollouts.take(rows), demonstrations, WARM_UP_STEP, done)
+                tokens += trained["tokens_trained"]
                 done += 1
             metrics = self._evaluate(heldout, heldout_rollouts)
+            if patience is not None and stopping.observe(done, metrics["accuracy"]):
+                best = metrics
+                kept.take(self.trainable)
+            if patience is not None and stopping.exhausted:
+                break
+        if kept.taken:
+            kept.restore(self.trainable)
+            metrics = best
         if metrics["accuracy"] < self.config.warmup_accuracy:
             log.warning(
                 "discriminator warm-up ended after %d steps at held-out accuracy %.3f, short of %.3f",
@@ -132,7 +145,7 @@ class DiscriminatorTrainer:
                 metrics["accuracy"],
                 self.config.warmup_accuracy,
             )
-        return metrics | {"steps": float(done)}
+        return metrics | {"steps": float(done), "tokens_trained": tokens}
 
     def update(self, rollouts: pa.Table, demonstrations: pa.Table, step: int) -> dict[str, float]:
         """The discriminator's steps that go with one policy step: as many as the health gate allows.
@@ -143,23 +156,29 @@ class DiscriminatorTrainer:
             step: the policy step; the draw depends on it.
 
         Returns:
-            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; `steps` and
-            `health` (-1 boost, 0 train, 1 slow, 2 paused), with `health.pause_policy` also `policy_factor`,
-            which the policy's next learning rate is multiplied by. Only these when there was no step.
+            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; their sum of
+            `tokens_trained` (prompts once a step, and responses); `steps` and `health` (-1 boost, 0 train, 1
+            slow, 2 paused), with `health.pause_policy` also `policy_factor`, which the policy's next learning
+            rate is multiplied by. Only the last three when there was no step; `steps` = 0 alone with
+            `frozen`.
         """
+        if self.config.frozen:
+            return {"steps": 0.0}
         allowed = self.gate.allowed_steps()
         history = [
             self._train(rollouts.take(rows), demonstrations, step, number)
             for number, rows in enumerate(self._plan(rollouts, allowed, step))
         ]
         means = {name: float(np.mean([h[name] for h in history])) for name in history[0]} if history else {}
+        if history:
+            means["tokens_trained"] = sum(h["tokens_trained"] for h in history)
         said = {"steps": float(len(history)), "health": HEALTH_LEVEL[self.gate.state]}
         if self.config.health.pause_policy:
             said["policy_factor"] = self.gate.policy_factor()
         return means | said
 
     def evaluate(self, heldout: pa.Table, rollouts: pa.Table, step: int) -> dict[str, float]:
-        """Judge held-out demonstrations against fresh rollouts, and tell the health gate.
+        """Judge held-out demonstrations against fresh rollouts, and (unless `frozen`) tell the health gate.
 
         Returns:
             accuracy (balanced), accuracy_demonstration, accuracy_rollout, score_demonstration, score_rollout,
@@ -167,6 +186,8 @@ class DiscriminatorTrainer:
             et al. 2017, eq. 3) with both sides weighing half.
         """
         metrics = self._evaluate(heldout, rollouts)
+        if self.config.frozen:
+            return metrics
         reading = HealthReading(metrics["accuracy"], metrics["margin"], metrics["saturation"])
         changes = self.gate.observe(step, reading)
         for change in changes:
@@ -186,12 +207,17 @@ class DiscriminatorTrainer:
         """Sequence score of every row under the weights in training; the same on every rank."""
         return self._sequence_scores(self.canonical.encode_table(table)).tolist()
 
+    @property
+    def changed(self) -> bool:
+        """Whether there were updates since the last `publish`; the same on every rank."""
+        return self.trainable.updates != self._published_updates
+
     def publish(self) -> Published | None:
         """The current weights as a version; collective. Rank 0 gets it, the others None.
 
         The version number grows by one when there were updates since the last call, and stays otherwise.
         """
-        if self.trainable.updates != self._published_updates:
+        if self.changed:
             self.version += 1
             self._published_updates = self.trainable.updates
         state: dict[str, Tensor] = {}
@@ -246,7 +272,9 @@ class DiscriminatorTrainer:
         encoded = [item for table in tables for item in self._encode(table)]
         rows, metrics = self._rows(tables, encoded)
         rows = rows.to(self.trainable.device)
-        batches = [batch.to(self.trainable.device) for batch in self._batches(group_encoded(encoded))]
+        groups = group_encoded(encoded)
+        tokens = sum(len(g.prompt) + sum(len(answer) for answer in g.responses) for g in groups)
+        batches = [batch.to(self.trainable.device) for batch in self._batches(groups)]
         # Dropout draws from the global generator: seeded by the step, a resumed run draws the same.
         dropout_seed = int(rng.integers(2**31)) + self.trainable.rank
         if needs_first_pass(config):
@@ -255,7 +283,8 @@ class DiscriminatorTrainer:
             objective = Objective(config, rows)
         torch.manual_seed(dropout_seed)
         trained = self.trainable.step(batches, objective)
-        return trained | {name: float(value) for name, value in objective.metrics.items()} | metrics
+        known = {name: float(value) for name, value in objective.metrics.items()}
+        return trained | known | metrics | {"tokens_trained": float(tokens)}
 
     def _objective(self, rows: StepRows, batches: list[PackedBatch], dropout_seed: int) -> Objective:
         """The step's objective after a first pass with the dropout that the step itself will draw."""

@@ -12,6 +12,7 @@ from rollout.config import Section
 
 Advantage = Literal["return", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus", "gae"]
 PolicyLoss = Literal["reinforce", "ppo_clip", "gspo"]
+GumbelObjective = Literal["neg_log_one_minus_d", "log_d", "logit", "prob"]
 
 
 class LoraConfig(Section):
@@ -105,6 +106,54 @@ class CriticConfig(Section):
     clip: PositiveFloat | None = 0.2
     """A value that has moved further than this from its value at the step's start earns nothing more (None:
     no clipping)."""
+
+
+class SupervisedConfig(Section):
+    """Supervised fine-tuning, the baseline `run.method = "sft"`; no other method reads this section."""
+
+    batch_size: PositiveInt = 64
+    """Human answers in one step."""
+
+    check_every: PositiveInt = 10
+    """Steps between two looks at the likelihood of the selection split's human answers."""
+
+    patience: PositiveInt = 5
+    """Looks without improvement that end training. Then, and at run.steps, the best weights are restored."""
+
+
+class GumbelConfig(Section):
+    """The Gumbel-Softmax update: the judge's gradient flows into the policy through straight-through samples
+    that the learner draws; see `learner.gumbel`."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of its objective in the loss; 0 switches it off, and nothing below is read."""
+
+    policy_gradient_weight: NonNegativeFloat = 1.0
+    """Weight of the policy gradient beside it; 0 leaves Gumbel-Softmax alone (KL and entropy stay in the
+    loss)."""
+
+    objective: GumbelObjective = "neg_log_one_minus_d"
+    """What is raised, as a function of the score: the reward forms of the same names. `logit`, the raw score,
+    also serves for `bradley_terry` and `relativistic`, whose gradient is the same."""
+
+    samples: PositiveInt = 2
+    """Responses drawn for each prompt of a step."""
+
+    max_tokens: PositiveInt | None = None
+    """Most tokens of a drawn response, its end token included (None: sampling.max_tokens)."""
+
+    schedule: Literal["constant", "linear", "exponential"] = "exponential"
+    """How the temperature goes from `tau_start` to `tau_end`: not at all, by equal differences or by equal
+    ratios."""
+
+    tau_start: PositiveFloat = 1.0
+    """Temperature of the relaxation at step 0. High: little variance, much bias."""
+
+    tau_end: PositiveFloat = 0.5
+    """Temperature after `tau_steps`. Low: gradients vanish for all but close races."""
+
+    tau_steps: PositiveInt | None = None
+    """Steps until `tau_end` (None: the run's)."""
 
 
 class LearnerConfig(OptimizerConfig):
@@ -203,6 +252,12 @@ class LearnerConfig(OptimizerConfig):
     critic: CriticConfig = CriticConfig()
     """The critic of `advantage = "gae"`."""
 
+    sft: SupervisedConfig = SupervisedConfig()
+    """Supervised fine-tuning."""
+
+    gumbel: GumbelConfig = GumbelConfig()
+    """The Gumbel-Softmax update, beside or in place of the policy gradient."""
+
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
 
@@ -290,6 +345,38 @@ class LearnerConfig(OptimizerConfig):
             raise ValueError(
                 f"importance_floor = {self.importance_floor} to importance_cap = {self.importance_cap} "
                 "leaves out the weight 1 of a sampler that agrees with the learner; put 1 between them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gumbel_consistent(self) -> "LearnerConfig":
+        gumbel = self.gumbel
+        if gumbel.weight == 0:
+            if gumbel.policy_gradient_weight != 1:
+                raise ValueError(
+                    f"gumbel.policy_gradient_weight = {gumbel.policy_gradient_weight:g} weighs the policy "
+                    "gradient against Gumbel-Softmax, which gumbel.weight = 0 switches off; set a weight"
+                )
+            return self
+        if self.zero_stage == 3:
+            raise ValueError(
+                "gumbel.weight > 0 draws responses in the learner, and ZeRO-3 would gather all weights anew "
+                "for every token; use zero_stage 1 or 2"
+            )
+        if self.epochs * self.minibatches > 1:
+            raise ValueError(
+                "gumbel.weight > 0 needs epochs = 1 and minibatches = 1: its samples are those of the step's "
+                "first weights, and a second update would differentiate noise that no longer yields them"
+            )
+        if gumbel.policy_gradient_weight == 0 and self.kl_coef > 0 and self.kl_in == "reward":
+            raise ValueError(
+                'gumbel.policy_gradient_weight = 0 drops the rewards, and with kl_in = "reward" the KL too; '
+                'set kl_in = "loss" or kl_coef = 0'
+            )
+        if gumbel.policy_gradient_weight == 0 and self.advantage == "gae":
+            raise ValueError(
+                'gumbel.policy_gradient_weight = 0 has no use for the critic of advantage = "gae"; choose '
+                'advantage = "return"'
             )
         return self
 

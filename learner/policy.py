@@ -27,6 +27,8 @@ from learner.config import LearnerConfig
 from learner.critic import Critic
 from learner.engine import TrainableModel, resolve_device, resolve_dtype
 from learner.export import export_plain, plain_weights
+from learner.gumbel import GumbelModel, SoftBatch
+from learner.gumbel_update import GumbelUpdate, Judge
 from learner.kl import adapted_coefficient, kl_estimate
 from learner.logprobs import ScoredModel
 from learner.losses import LossOutput, PolicyLossInputs, policy_loss
@@ -57,7 +59,12 @@ class PolicyLearner:
         model_dtype: str = "bfloat16",
         trust_remote_code: bool = False,
         seed: int = 0,
+        judge: Judge | None = None,
     ) -> None:
+        if (judge is None) == (cfg.gumbel.weight > 0):
+            raise ValueError(
+                f"gumbel.weight = {cfg.gumbel.weight:g}: a judge is needed above 0, and only there"
+            )
         self.cfg = cfg
         self.seed = seed
         if cfg.threads:
@@ -71,14 +78,16 @@ class PolicyLearner:
                 model, dtype=self.dtype, device=self.device, trust_remote_code=trust_remote_code
             )
 
-        def scored(net: PreTrainedModel) -> ScoredModel:
-            return ScoredModel(net, temperature=temperature, chunk=cfg.logits_chunk, packing=cfg.packing)
+        def scored(net: PreTrainedModel, kind: type[ScoredModel] = ScoredModel) -> ScoredModel:
+            return kind(net, temperature=temperature, chunk=cfg.logits_chunk, packing=cfg.packing)
 
         torch.manual_seed(seed)  # adapters start from random weights, which must be the same on every rank
         network = lora.attach(load(), cfg.lora)
         if cfg.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
-        self.trainable = TrainableModel(scored(network), cfg, dtype=self.dtype)
+        trained = scored(network, ScoredModel if judge is None else GumbelModel)
+        self.trainable = TrainableModel(trained, cfg, dtype=self.dtype)
+        self.gumbel = None if judge is None else GumbelUpdate(cfg, judge, self.trainable, seed)
         self.reference: ScoredModel | None = None
         if cfg.kl_coef > 0 and cfg.lora.rank == 0:
             self.reference = scored(load()).eval().requires_grad_(False)
@@ -96,9 +105,10 @@ class PolicyLearner:
     def train_step(self, table: pa.Table, step: int, lr_factor: float = 1.0) -> dict[str, float]:
         """Update the policy from a step's scored trajectories (whole groups; the same table on every rank).
 
-        Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`. `lr_factor`
-        scales this step's learning rate. Returns metrics that are equal on all ranks but for the seconds.
-        Raises ValueError for a table without a response token.
+        Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`, with a judge
+        also `prompt_text` and `disc_version`. `lr_factor` scales this step's learning rate. Returns metrics
+        that are equal on all ranks but for the seconds. Raises ValueError for a table without a response
+        token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -141,18 +151,27 @@ class PolicyLearner:
         if values is not None:
             columns |= {"value": values, "target": returns}
         clock.lap("advantages")
+        soft: list[SoftBatch] = []
+        told: dict[str, float] = {}
+        if self.gumbel is not None:
+            soft, told = self.gumbel.draw(table, samples.groups, step)
+            columns["advantage"] = advantage * cfg.gumbel.policy_gradient_weight
+            clock.lap("gumbel_draw")
 
         history = []
         place = {"rank": self.trainable.rank, "ranks": self.trainable.ranks}
         for minibatch in minibatches(samples.groups, batches, cfg, seed=[self.seed, step], **place):
             columns |= self._shares(minibatch.groups, samples.offsets)
             chosen = [b.with_columns(**columns).to(self.device) for b in minibatch.batches]
-            update = self.trainable.step(chosen, self._loss, lr_factor=lr_factor)
+            both: list[PackedBatch | SoftBatch] = [*chosen, *(batch.to(self.device) for batch in soft)]
+            update = self.trainable.step(both, self._loss, lr_factor=lr_factor)
             if self.critic is not None:
                 update |= self.critic.update(chosen)
             history.append(update)
         clock.lap("update")
-        metrics = {name: float(np.mean([m[name] for m in history])) for name in history[0]}
+        metrics = {name: float(np.mean([m[name] for m in history])) for name in history[0]} | told
+        if self.gumbel is not None:
+            metrics |= self.gumbel.metrics()
         if values is not None:
             metrics["critic_explained"] = explained_variance(values, returns)
         if reference is not None:
@@ -229,7 +248,10 @@ class PolicyLearner:
             shares["mean"] = token_shares(groups, offsets, "token")
         return shares
 
-    def _loss(self, model: nn.Module, batch: PackedBatch) -> LossOutput:
+    def _loss(self, model: nn.Module, batch: PackedBatch | SoftBatch) -> LossOutput:
+        if isinstance(batch, SoftBatch):
+            assert self.gumbel is not None, "it makes these batches"
+            return self.gumbel.loss(model, batch)
         cfg = self.cfg
         logprob, entropy = model(batch)
         old = batch.columns.get("old", logprob.detach())

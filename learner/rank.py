@@ -4,27 +4,31 @@ Every command runs on all ranks. Tables and handles arrive as object references;
 picklable, and only rank 0's are read where all ranks would return the same.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
 from learner.config import LearnerConfig
+from learner.gumbel_update import Judge
+from learner.memory import memory_mib
 from learner.policy import PolicyLearner
 from learner.snapshot import Snapshot
 from learner.supervised import supervised_step
 from learner.weight_client import WeightSyncError, WorkerRef
-from learner.weight_sender import WeightSender
-from learner.weight_source import MIB, ModuleWeights
 from rollout.config import PolicyConfig, RolloutConfig
 from rollout.engine import transfer_backend
 from rollout.templates import end_of_response_id, load_tokenizer
 
+if TYPE_CHECKING:
+    from learner.weight_sender import WeightSender
+
 
 class LearnerRank:
-    """Handler of one learner rank (see `learner.trainer`)."""
+    """Handler of one learner rank (see `learner.trainer`). `judge` makes the judge of `learner.gumbel`."""
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class LearnerRank:
         rollout: RolloutConfig,
         temperature: float,
         seed: int,
+        judge: Callable[[], Judge] | None = None,
     ) -> None:
         self.rank = rank
         self.ranks = ranks
@@ -48,6 +53,7 @@ class LearnerRank:
             model_dtype=policy.dtype,
             trust_remote_code=policy.trust_remote_code,
             seed=seed,
+            judge=None if judge is None else judge(),
         )
         self.sender: WeightSender | None = None
         self.kept = Snapshot()
@@ -82,7 +88,11 @@ class LearnerRank:
             self.sender = self._make_sender(refs)
         self.sender.connect(refs)
 
-    def _make_sender(self, workers: list[WorkerRef]) -> WeightSender:
+    def _make_sender(self, workers: list[WorkerRef]) -> "WeightSender":
+        # Here, because vLLM takes seconds and 300 MB to import: the controller knows this class too.
+        from learner.weight_sender import WeightSender
+        from learner.weight_source import MIB, ModuleWeights
+
         source = ModuleWeights(
             self.learner.module,
             dtype=self.learner.export_dtype,
@@ -146,14 +156,3 @@ class LearnerRank:
     def memory(self) -> dict[str, float]:
         """Resident (and CUDA) memory of this rank in MiB."""
         return memory_mib()
-
-
-def memory_mib() -> dict[str, float]:
-    """Resident memory of this process, and its CUDA peak where it uses CUDA, in MiB."""
-    import psutil
-    import torch
-
-    memory = {"rss": psutil.Process().memory_info().rss / 2**20}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        memory["cuda_peak"] = torch.cuda.max_memory_allocated() / 2**20
-    return memory

@@ -117,7 +117,8 @@ def _serve_rank(config: dict[str, Any]) -> None:
     rank, ranks = context.get_world_rank(), context.get_world_size()
     mailbox = config["mailbox"]
     torch.set_num_threads(config["threads"])
-    handler = config["build"](rank=rank, ranks=ranks, **config["build_config"])
+    build, build_config = ray.get(config["job"])
+    handler = build(rank=rank, ranks=ranks, **build_config)
     ray.get(mailbox.set_ready.remote(rank, {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}))
     done, last = 0, (True, None)
     while True:
@@ -150,8 +151,8 @@ class TrainerGroup:
         )
         self._loop_config = {
             "mailbox": self.mailbox,
-            "build": build,
-            "build_config": build_config,
+            # By reference: Ray Train's controller unpacks this too, and need not import what only ranks do.
+            "job": ray.put((build, build_config)),
             "threads": plan.threads,
         }
         self._ended: asyncio.Future[None] | None = None

@@ -26,11 +26,21 @@ class DataConfig(Section):
     prompts: str = ""
     """Optional file of further prompts without responses; they are used for rollouts only."""
 
+    preferences: str = ""
+    """Optional file or folder of preference pairs (prompt, chosen, rejected) for the reward model of
+    run.method = "rlhf"."""
+
     prompt_column: str = "prompt"
     """Column with the prompt: a string, or a list of chat messages with `role` and `content`."""
 
     response_column: str = "response"
     """Column with the human answer: a string."""
+
+    chosen_column: str = "chosen"
+    """Column of `preferences` with the preferred answer: a string."""
+
+    rejected_column: str = "rejected"
+    """Column of `preferences` with the other answer: a string."""
 
     prompt_format: Literal["text", "chat"] = "text"
     """`text` uses the prompt as it stands; `chat` renders it with the tokenizer's chat template."""

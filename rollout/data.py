@@ -1,4 +1,4 @@
-"""Demonstrations and prompts: from files to four splits that share no prompt.
+"""Demonstrations, prompts and preference pairs: from files to four splits that share no prompt.
 
 A row goes through three stages, a batch at a time, so that a file of millions of rows never becomes a list of
 Python objects: `rollout.readers` turns JSONL, Parquet or an Arrow folder into checked rows, the renderer
@@ -22,6 +22,7 @@ from rollout.readers import DataError, ReadReport, Row, read_batches
 
 __all__ = [
     "DEMONSTRATION_SCHEMA",
+    "PREFERENCE_SCHEMA",
     "PROMPT_SCHEMA",
     "SPLITS",
     "DataError",
@@ -31,6 +32,7 @@ __all__ = [
     "load_data",
     "prompt_id",
     "read_demonstrations",
+    "read_preferences",
     "read_prompts",
     "require_at_least",
     "split_of",
@@ -38,6 +40,9 @@ __all__ = [
 
 PROMPT_SCHEMA = pa.schema([("prompt_id", pa.string()), ("prompt", pa.string()), ("prompt_text", pa.string())])
 DEMONSTRATION_SCHEMA = PROMPT_SCHEMA.append(pa.field("response", pa.string()))
+PREFERENCE_SCHEMA = PROMPT_SCHEMA.append(pa.field("chosen", pa.string())).append(
+    pa.field("rejected", pa.string())
+)
 SPLITS = ("train", "heldout", "selection", "test")
 
 
@@ -55,8 +60,8 @@ class PromptRenderer(Protocol):
 
 @dataclass
 class DataSplits:
-    """The four splits (DEMONSTRATION_SCHEMA), the prompts without demonstrations (PROMPT_SCHEMA), and what
-    was skipped.
+    """The four splits (DEMONSTRATION_SCHEMA), the prompts without demonstrations (PROMPT_SCHEMA), the
+    preference pairs to train on and to judge by (PREFERENCE_SCHEMA), and what was skipped.
     """
 
     train: pa.Table
@@ -64,6 +69,8 @@ class DataSplits:
     selection: pa.Table
     test: pa.Table
     extra_prompts: pa.Table
+    preferences: pa.Table = field(default_factory=PREFERENCE_SCHEMA.empty_table)
+    heldout_preferences: pa.Table = field(default_factory=PREFERENCE_SCHEMA.empty_table)
     reports: list[ReadReport] = field(default_factory=list)
 
     def rollout_prompts(self) -> pa.Table:
@@ -96,22 +103,34 @@ def read_demonstrations(
     Raises DataError naming file and row for the first bad row (data.on_error = "stop"), for a file that
     cannot be read, and when no usable row is left.
     """
-    return _read(Path(path), data, renderer, with_responses=True)
+    return _read(Path(path), data, renderer, DEMONSTRATION_SCHEMA, (data.response_column,))
+
+
+def read_preferences(
+    path: str | Path, data: DataConfig, renderer: PromptRenderer
+) -> tuple[pa.Table, ReadReport]:
+    """All preference pairs of a file or folder in file order (PREFERENCE_SCHEMA). Raises like
+    `read_demonstrations`, for a pair of equal answers too.
+    """
+    columns = (data.chosen_column, data.rejected_column)
+    return _read(Path(path), data, renderer, PREFERENCE_SCHEMA, columns)
 
 
 def read_prompts(path: str | Path, data: DataConfig, renderer: PromptRenderer) -> tuple[pa.Table, ReadReport]:
     """The distinct prompts of a prompts-only file or folder (PROMPT_SCHEMA). Raises like
     `read_demonstrations`.
     """
-    table, report = _read(Path(path), data, renderer, with_responses=False)
+    table, report = _read(Path(path), data, renderer, PROMPT_SCHEMA, ())
     return _first_of_each_prompt(table), report
 
 
 def load_data(data: DataConfig, renderer: PromptRenderer) -> DataSplits:
-    """Read `data.demonstrations` and `data.prompts` and split them.
+    """Read `data.demonstrations`, `data.prompts` and `data.preferences` and split them.
 
     A prompt of the prompts-only file that is also in an evaluation split is left out of the rollouts and
-    counted, so the policy never practises on a prompt it is judged by.
+    counted, so the policy never practises on a prompt it is judged by. Likewise the preference pairs of
+    selection and test prompts; of the others, those whose prompt falls into the held-out share judge the
+    reward model and the rest train it.
     """
     if not data.demonstrations:
         raise DataError("data.demonstrations is not set: name a JSONL or Parquet file or a dataset folder")
@@ -128,16 +147,21 @@ def load_data(data: DataConfig, renderer: PromptRenderer) -> DataSplits:
     extra = PROMPT_SCHEMA.empty_table()
     if data.prompts:
         extra, report = read_prompts(data.prompts, data, renderer)
-        judged = pc.is_in(
-            extra["prompt_id"], pa.array([i for i in distinct if split[i] != "train"], pa.string())
-        )
-        if leaked := pc.sum(judged).as_py() or 0:
-            report.skip(leaked, "prompt belongs to an evaluation split of the demonstrations")
-        extra = extra.filter(pc.invert(judged))
+        extra = _without(extra, {i for i in distinct if split[i] != "train"}, report)
+        reports.append(report)
+    pairs, held = PREFERENCE_SCHEMA.empty_table(), PREFERENCE_SCHEMA.empty_table()
+    if data.preferences:
+        pairs, report = read_preferences(data.preferences, data, renderer)
+        judges = {i for i in distinct if split[i] in ("selection", "test")}
+        pairs = _without(pairs, judges, report)
+        own = [split_of(identifier, data) == "heldout" for identifier in pairs["prompt_id"].to_pylist()]
+        pairs, held = pairs.filter(pc.invert(pa.array(own, pa.bool_()))), pairs.filter(own)
         reports.append(report)
     if data.max_demonstrations is not None:
         members["train"] = _at_most(members["train"], data.max_demonstrations)
-    return DataSplits(**members, extra_prompts=extra, reports=reports)
+    return DataSplits(
+        **members, extra_prompts=extra, preferences=pairs, heldout_preferences=held, reports=reports
+    )
 
 
 def require_at_least(table: pa.Table, rows: int, what: str, fix: str) -> None:
@@ -147,15 +171,19 @@ def require_at_least(table: pa.Table, rows: int, what: str, fix: str) -> None:
 
 
 def _read(
-    path: Path, data: DataConfig, renderer: PromptRenderer, with_responses: bool
+    path: Path,
+    data: DataConfig,
+    renderer: PromptRenderer,
+    schema: pa.Schema,
+    response_columns: tuple[str, ...],
 ) -> tuple[pa.Table, ReadReport]:
+    """Rows of `schema`: PROMPT_SCHEMA and one column for each of the file's `response_columns`."""
     report = ReadReport(str(path), stop=data.on_error == "stop")
-    schema = DEMONSTRATION_SCHEMA if with_responses else PROMPT_SCHEMA
-    response_column = data.response_column if with_responses else None
+    names = schema.names[len(PROMPT_SCHEMA) :]
     batches = [
         pa.RecordBatch.from_pydict(columns, schema=schema)
-        for rows in read_batches(path, data.prompt_column, response_column, data.prompt_format, report)
-        for columns in _rendered(rows, renderer, report, with_responses)
+        for rows in read_batches(path, data.prompt_column, response_columns, data.prompt_format, report)
+        for columns in _rendered(rows, renderer, report, names)
     ]
     table = pa.Table.from_batches(batches, schema=schema)
     if table.num_rows == 0:
@@ -164,9 +192,10 @@ def _read(
 
 
 def _rendered(
-    rows: list[Row], renderer: PromptRenderer, report: ReadReport, with_responses: bool
+    rows: list[Row], renderer: PromptRenderer, report: ReadReport, names: list[str]
 ) -> Iterator[dict[str, list[str]]]:
-    """The columns of the rows whose prompt can be rendered and is short enough (at most one batch)."""
+    """The columns of the rows whose prompt can be rendered and is short enough (at most one batch); their
+    responses go into the columns `names`."""
     rendered: list[tuple[Row, str]] = []
     for row in rows:
         try:
@@ -174,9 +203,7 @@ def _rendered(
         except DataError as error:
             report.bad_row(row.where, str(error), "prompt refused by the chat template")
     complaints = renderer.check_lengths([text for _, text in rendered])
-    columns: dict[str, list[str]] = {name: [] for name in ("prompt_id", "prompt", "prompt_text")}
-    if with_responses:
-        columns["response"] = []
+    columns: dict[str, list[str]] = {name: [] for name in (*PROMPT_SCHEMA.names, *names)}
     for (row, text), complaint in zip(rendered, complaints, strict=True):
         if complaint is not None:
             report.bad_row(row.where, complaint)
@@ -184,11 +211,19 @@ def _rendered(
         columns["prompt_id"].append(prompt_id(text))
         columns["prompt"].append(row.prompt)
         columns["prompt_text"].append(text)
-        if with_responses:
-            columns["response"].append(row.response)
+        for name, response in zip(names, row.responses, strict=True):
+            columns[name].append(response)
         report.kept += 1
     if columns["prompt_id"]:
         yield columns
+
+
+def _without(table: pa.Table, prompts: set[str], report: ReadReport) -> pa.Table:
+    """The rows of all other prompts; those of `prompts`, which evaluations use, are counted."""
+    judged = pc.is_in(table["prompt_id"], pa.array(sorted(prompts), pa.string()))
+    if leaked := pc.sum(judged).as_py() or 0:
+        report.skip(leaked, "prompt belongs to an evaluation split of the demonstrations")
+    return table.filter(pc.invert(judged))
 
 
 def _first_of_each_prompt(table: pa.Table) -> pa.Table:

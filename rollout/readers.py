@@ -7,7 +7,7 @@ counted, as the `ReadReport` says. No more than BATCH_ROWS rows are Python objec
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Row:
 
     where: str
     prompt: str
-    response: str = ""
+    responses: tuple[str, ...] = ()
+    """One per response column that was asked for."""
 
 
 @dataclass
@@ -78,25 +79,25 @@ class ReadReport:
 
 
 def read_batches(
-    path: Path, prompt_column: str, response_column: str | None, prompt_format: str, report: ReadReport
+    path: Path, prompt_column: str, response_columns: Sequence[str], prompt_format: str, report: ReadReport
 ) -> Iterator[list[Row]]:
     """Checked rows of a file, or of every data file of a folder, at most BATCH_ROWS at a time.
 
-    `response_column` None reads prompts only. Raises DataError.
+    Without `response_columns` prompts only are read; two of them are the answers of a preference pair, the
+    preferred one first. Raises DataError.
     """
+    columns = [prompt_column, *response_columns]
     for file in data_files(path, report):
         raw = (
-            _parquet(file, prompt_column, response_column)
+            _parquet(file, columns)
             if _is_parquet(file)
-            else (
-                _arrow(file, prompt_column, response_column)
-                if file.suffix == ".arrow"
-                else _jsonl(file, report)
-            )
+            else _arrow(file, columns)
+            if file.suffix == ".arrow"
+            else _jsonl(file, report)
         )
         rows: list[Row] = []
         for where, record in raw:
-            row = check_row(where, record, prompt_column, response_column, prompt_format, report)
+            row = check_row(where, record, prompt_column, response_columns, prompt_format, report)
             if row is not None:
                 rows.append(row)
             if len(rows) == BATCH_ROWS:
@@ -149,12 +150,12 @@ def check_row(
     where: str,
     record: dict[str, Any],
     prompt_column: str,
-    response_column: str | None,
+    response_columns: Sequence[str],
     prompt_format: str,
     report: ReadReport,
 ) -> Row | None:
     """The row, or None when it is bad and bad rows are skipped."""
-    complaint = _complaint(record, prompt_column, response_column, prompt_format)
+    complaint = _complaint(record, prompt_column, response_columns, prompt_format)
     if complaint is not None:
         kind, reason = complaint
         report.bad_row(where, reason, kind)
@@ -164,15 +165,15 @@ def check_row(
         prompt = [{k: v for k, v in message.items() if v is not None} for message in prompt]
     if prompt_format == "chat":
         prompt = json.dumps(prompt, ensure_ascii=False)
-    return Row(where, prompt, record[response_column] if response_column is not None else "")
+    return Row(where, prompt, tuple(record[column] for column in response_columns))
 
 
 def _complaint(
-    record: dict[str, Any], prompt_column: str, response_column: str | None, prompt_format: str
+    record: dict[str, Any], prompt_column: str, response_columns: Sequence[str], prompt_format: str
 ) -> tuple[str, str] | None:
     """(kind, reason) why the row cannot be used, or None."""
-    for column in (prompt_column, response_column):
-        if column is not None and column not in record:
+    for column in (prompt_column, *response_columns):
+        if column not in record:
             found = ", ".join(map(repr, record)) or "none"
             return "missing column", f"column {column!r} is missing; columns here: {found}"
     prompt = record[prompt_column]
@@ -182,13 +183,16 @@ def _complaint(
     elif not isinstance(prompt, str):
         return "bad prompt", f"{prompt_column!r} is {_name(prompt)}, not a string or chat messages"
     text = json.dumps(prompt, ensure_ascii=False)
-    if response_column is not None:
-        response = record[response_column]
+    for column in response_columns:
+        response = record[column]
         if not isinstance(response, str):
-            return "bad response", f"{response_column!r} is {_name(response)}, not a string"
+            return "bad response", f"{column!r} is {_name(response)}, not a string"
         if not response.strip():
-            return "empty response", f"{response_column!r} is empty"
+            return "empty response", f"{column!r} is empty"
         text += response
+    if len({record[column] for column in response_columns}) < len(response_columns):
+        both = " and ".join(map(repr, response_columns))
+        return "equal responses", f"{both} hold the same text, which says nothing about either"
     if _SURROGATE.search(text):
         return "broken text", "text holds half of a surrogate pair, which is no character"
     return None
@@ -263,10 +267,7 @@ def _jsonl(file: Path, report: ReadReport) -> Iterator[tuple[str, dict[str, Any]
         raise DataError(f"{file}: file holds only blank lines")
 
 
-def _parquet(
-    file: Path, prompt_column: str, response_column: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns = [c for c in (prompt_column, response_column) if c is not None]
+def _parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         parquet = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
@@ -285,10 +286,7 @@ def _parquet(
             raise DataError(f"{file}: damaged after row {number}: {error}") from error
 
 
-def _arrow(
-    file: Path, prompt_column: str, response_column: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns = [c for c in (prompt_column, response_column) if c is not None]
+def _arrow(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with pa.memory_map(str(file)) as source:
             reader = _arrow_batches(source)

@@ -1,5 +1,5 @@
 """The human answers an evaluation looks at, and their token rows for the likelihood under the policy. Read
-only, never trained on.
+only, but for the baseline `sft`, which trains on those of the training split.
 """
 
 import pyarrow as pa

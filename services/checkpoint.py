@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(RuntimeError):

@@ -3,6 +3,7 @@
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +31,14 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file; `rlgaf config` prints one with every field")],
     resume: Annotated[bool, typer.Option(help="Go on from the run's newest checkpoint")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint where there is one, else begin")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Print configuration and resource plan, start nothing")
     ] = False,
 ) -> None:
-    """Run adversarial fine-tuning. Any field can be overridden: --learner.lr 1e-5"""
+    """Fine-tune, adversarially or by a baseline. Any field can be overridden: --learner.lr 1e-5"""
     settings = load(config, context.args)
     if dry_run:
         from services.plan import local_gpus, resource_plan
@@ -47,7 +51,96 @@ def train(
         return
     from services.run import run
 
+    if auto_resume:
+        from services.resumption import goes_on, set_aside
+
+        if (moved := set_aside(settings, time.time())) is not None:
+            typer.echo(f"an earlier attempt left no checkpoint; its folder is now {moved}")
+        resume = resume or goes_on(settings)
     raise typer.Exit(run(settings, resume=resume))
+
+
+@app.command(context_settings=OVERRIDES)
+def submit(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file of the run, on this machine")],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, as in http://localhost:8265")],
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Folder to send along; the TOML file lies in it")
+    ] = None,
+    image: Annotated[str, typer.Option(help="Container image to run in (Ray starts it with podman)")] = "",
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the run's newest checkpoint where there is one, else begin")
+    ] = False,
+    driver_cpus: Annotated[
+        float, typer.Option(min=0, help="CPUs to reserve for the driver, beyond the plan's; 0: the head node")
+    ] = 0,
+    stop_wait: Annotated[
+        int, typer.Option(help="Seconds that a stopped run has for its step and checkpoint")
+    ] = 900,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check, print the `ray job submit` line, send nothing")
+    ] = False,
+) -> None:
+    """Train as a job of a Ray cluster and follow it; Ctrl-C stops it with a checkpoint."""
+    from services import submit as jobs
+
+    submission = jobs.prepare(
+        config,
+        context.args,
+        address,
+        working_dir=working_dir,
+        image=image,
+        resume=resume,
+        driver_cpus=driver_cpus,
+        stop_wait_s=stop_wait,
+    )
+    if dry_run:
+        for line in [*(f"note: {note}" for note in submission.notes), submission.plain_line()]:
+            typer.echo(line)
+        return
+    raise typer.Exit(jobs.submit(submission, typer.echo))
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Ray's own port, the one in RAY_ADDRESS")] = 6379,
+    dashboard_port: Annotated[int, typer.Option(help="Dashboard and jobs")] = 8265,
+    client_port: Annotated[int, typer.Option(help="Ray client")] = 10001,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics")] = 8090,
+    host: Annotated[
+        str, typer.Option(help="This machine's address to listen on; one that others reach needs --token")
+    ] = "127.0.0.1",
+    token: Annotated[bool, typer.Option(help="Require Ray's token; one is made where there is none")] = False,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs to offer (all)")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs to offer (all)")] = None,
+    object_store_mib: Annotated[int | None, typer.Option(min=100, help="Shared memory for objects")] = None,
+    stop_wait: Annotated[int, typer.Option(min=1, help="Seconds that a stopped job has to end")] = 900,
+) -> None:
+    """Start a Ray cluster of this machine, with dashboard and jobs, that stays until `rlgaf down`."""
+    from services import cluster
+
+    started = cluster.up(
+        cluster.Ports(port, dashboard_port, client_port, metrics_port),
+        cpus=cpus,
+        gpus=gpus,
+        object_store_mib=object_store_mib,
+        host=host,
+        token=token,
+        stop_wait_s=stop_wait,
+    )
+    for line in started.lines():
+        typer.echo(line)
+
+
+@app.command()
+def down(
+    port: Annotated[int, typer.Option(help="The port given to `rlgaf up`")] = 6379,
+) -> None:
+    """End the cluster that `rlgaf up` started, and the jobs in it."""
+    from services import cluster
+
+    typer.echo("ended" if cluster.down(port) else f"no cluster of `rlgaf up` runs at port {port}")
 
 
 @app.command()

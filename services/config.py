@@ -17,7 +17,7 @@ from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
 from services.evaluation.config import EvaluationConfig
-from services.methods import Method, with_preset
+from services.methods import Method, method_problems, with_preset
 
 
 class ConfigError(ValueError):
@@ -37,8 +37,10 @@ class RunSection(Section):
     """Seed of everything that is drawn."""
 
     method: Method = "rlgaf"
-    """Preset for all fields that are not given: `rlgaf` (the defaults) or `gad` (Bradley-Terry critic with
-    GRPO)."""
+    """Preset for all fields that are not given: `rlgaf` (the defaults), `gad` (Bradley-Terry critic with
+    GRPO), or a baseline: `sft` (supervised fine-tuning with early stopping, see learner.sft) or `rlhf` (a
+    reward model, trained on data.preferences or else on demonstrations against base samples, then frozen;
+    PPO)."""
 
     steps: PositiveInt = 100
     """Learner steps in all (a resumed run goes on to this number)."""
@@ -93,10 +95,6 @@ class Config(Section):
                 f'"{self.learner.baseline}" compares the answers to one prompt: it needs '
                 "sampling.group_size > 1"
             )
-        if self.learner.lora.rank and self.learner.zero_stage == 3:
-            problems.append(
-                "learner.lora with learner.zero_stage = 3 cannot be merged for the sync; use stage 1 or 2"
-            )
         if self.discriminator.reward.form == "relativistic" and self.data.prompts:
             problems.append(
                 'discriminator.reward.form = "relativistic" compares with the prompt\'s demonstration, which '
@@ -115,6 +113,8 @@ class Config(Section):
                 "discriminator.scoring.http needs a bearer token: put one into the environment variable "
                 + scoring.http_token
             )
+        problems += _gumbel_problems(self)
+        problems += method_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -137,6 +137,36 @@ class Config(Section):
     def max_model_len(self) -> int:
         """Longest prompt plus response in tokens."""
         return self.rollout.max_model_len or self.data.max_prompt_tokens + self.sampling.max_tokens
+
+
+def _gumbel_problems(config: Config) -> list[str]:
+    """Why Gumbel-Softmax cannot be had with the other sections."""
+    gumbel, judge = config.learner.gumbel, config.discriminator
+    if gumbel.weight == 0:
+        return []
+    problems = []
+    if judge.model and judge.model != config.policy.model:
+        problems.append(
+            f'learner.gumbel: straight-through tokens of policy.model = "{config.policy.model}" mean nothing '
+            f'in the vocabulary of discriminator.model = "{judge.model}"; leave discriminator.model empty'
+        )
+    if judge.body == "encoder":
+        problems.append(
+            'learner.gumbel: discriminator.body = "encoder" reads another vocabulary than the policy writes; '
+            'use "auto" or "causal"'
+        )
+    if gumbel.max_tokens is not None and gumbel.max_tokens > config.sampling.max_tokens:
+        problems.append(
+            f"learner.gumbel.max_tokens = {gumbel.max_tokens} exceeds sampling.max_tokens = "
+            f"{config.sampling.max_tokens}: the discriminator never sees responses of that length"
+        )
+    shaped = judge.reward.user_reward or judge.reward.length_control != "off"
+    if gumbel.policy_gradient_weight == 0 and shaped:
+        problems.append(
+            "learner.gumbel.policy_gradient_weight = 0 drops the rewards, with them "
+            "discriminator.reward.user_reward and length_control; give the policy gradient a weight"
+        )
+    return problems
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from discriminator.rewards import stamp
 from rollout.trajectory import lag
 from services.batch_metrics import response_metrics, reward_metrics
+from services.budget import Budget, policy_passes, response_tokens
 from services.config import Config
 from services.ledger import Ledger
 from services.metrics import PhaseTimer, process_memory
@@ -44,9 +44,12 @@ class Controller:
         self.observe = observe
         self.ledger = Ledger()
         self.timer = PhaseTimer(entered=entered)
+        self.budget = Budget()
         self.step = 0
         self.running = False
         self.stopping = False
+        self.sync_failures = 0
+        """Replacements of workers that a sync had to make, or wait for, since this process began."""
         self._generating: dict[int, asyncio.Task[pa.Table]] = {}
         self._cursors: dict[int, dict[str, Any]] = {}
         self._turns: deque[asyncio.Task[None]] = deque()
@@ -56,7 +59,7 @@ class Controller:
         """Train to `run.steps`; `every_step(step)` is awaited after each (evaluation, checkpoints)."""
         alongside = self.config.run.max_disc_lag > 0
         self.running = True
-        while self.step < self.config.run.steps and not self.stopping:
+        while not self.finished and not self.stopping:
             batch = await self.generate()
             if alongside:
                 await self.discriminate(batch)
@@ -70,6 +73,11 @@ class Controller:
             await every_step(self.step)
         await self.settle()
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.config.run.steps
+
     async def generate(self) -> pa.Table:
         """This step's trajectories. Asks ahead for the steps whose samples may be that old."""
         last = min(self.step + self.config.run.max_policy_lag, self.config.run.steps - 1)
@@ -79,7 +87,8 @@ class Controller:
         with self.timer("generate"):
             batch = await self._generating.pop(self.step)
         self._cursors.pop(self.step)
-        self.timer.tokens("generate", _tokens(batch))
+        self.timer.tokens("generate", response_tokens(batch))
+        self.budget.generated(batch)
         fit = self._drop(
             batch, pc.greater(lag(batch, self.step), self.config.run.max_policy_lag), "policy_lag"
         )
@@ -122,13 +131,17 @@ class Controller:
             metrics = (await self.system.learn(scored, self.step, factor))[0]
         for group in pc.unique(scored["group_id"]).to_pylist():
             self.ledger.train(group)
-        self.timer.tokens("learn", _tokens(scored))
+        self.timer.tokens("learn", response_tokens(scored))
+        self.budget.learned(scored, *policy_passes(self.config.learner))
         return metrics
 
     async def sync(self, version: int) -> dict[str, float]:
         """Broadcast the new weights; afterwards every worker serves `version`."""
+        before = self.system.replacements
         with self.timer("sync"):
-            return await self.system.sync(version)
+            timings = await self.system.sync(version)
+        self.sync_failures += self.system.replacements - before
+        return timings
 
     async def discriminate(self, batch: pa.Table) -> None:
         """Queue this step's discriminator turn; turns run one after another while the policy goes on."""
@@ -140,6 +153,7 @@ class Controller:
             await earlier
         with self.timer("discriminate"):
             self._disc_metrics = await self.system.discriminate(batch, step)
+        self.budget.discriminated(self._disc_metrics)
 
     async def quiesce(self) -> None:
         """Wait for the discriminator's turns, so that a checkpoint holds one consistent state."""
@@ -190,11 +204,18 @@ class Controller:
                     "disc": (self.step - scored["disc_version"].to_numpy()).tolist(),
                 },
                 "responses": self.ledger.check(),
-                "rollout": {"replacements": self.system.replacements},
+                "rollout": {
+                    "replacements": self.system.replacements,
+                    "sync_failures": self.sync_failures,
+                },
                 "seconds": self.timer.take(),
                 "memory_mib": {"controller": process_memory()["rss"]},
             },
         )
+
+    def facts(self) -> dict[str, Any]:
+        """For the summary."""
+        return {"prompts_seen": self.step * self.config.run.prompts_per_step}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint. Prompts asked for ahead are asked for again: the cursor is the oldest one in
@@ -206,6 +227,7 @@ class Controller:
             "prompts": oldest,
             "ledger": self.ledger.state(),
             "timer": self.timer.state_dict(),
+            "budget": self.budget.state(),
             "disc_metrics": self._disc_metrics,
         }
 
@@ -215,8 +237,5 @@ class Controller:
         self.system.prompts.load_state(state["prompts"])
         self.ledger = Ledger(**state["ledger"])
         self.timer.load_state_dict(state["timer"])
+        self.budget = Budget(**state["budget"])
         self._disc_metrics = state["disc_metrics"]
-
-
-def _tokens(batch: pa.Table) -> int:
-    return int(np.sum([len(ids) for ids in batch["response_ids"].to_pylist()]))

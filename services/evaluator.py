@@ -22,8 +22,8 @@ from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
 from services.evaluation.monitors import evaluation_monitors
+from services.policy_side import PolicySide
 from services.report import write_samples
-from services.system import System
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 class Evaluator:
     """Measures the policy that the rollout workers hold."""
 
-    def __init__(self, config: Config, system: System, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, system: PolicySide, say: Callable[[str], None]) -> None:
         self.config = config
         self.system = system
         self.say = say

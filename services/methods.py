@@ -1,13 +1,20 @@
 """Named methods: the settings that turn this system into a published one.
 
 A preset fills in what neither the file nor the command line says; what they say stands. Learning rates belong
-to the model and its size and are in no preset.
+to the model and its size and are in no preset. One file serves all methods: what a method has no use for is
+not read, and `not_read` names it; what contradicts a method is refused (`method_problems`).
 """
 
 import copy
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-Method = Literal["rlgaf", "gad"]
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from discriminator.config import DiscriminatorConfig
+    from services.config import Config
+
+Method = Literal["rlgaf", "gad", "sft", "rlhf"]
 
 PRESETS: dict[Method, dict[str, Any]] = {
     # The defaults of every field.
@@ -24,7 +31,47 @@ PRESETS: dict[Method, dict[str, Any]] = {
             "reward": {"form": "bradley_terry"},
         },
     },
+    # Supervised fine-tuning with early stopping; its settings are `learner.sft`.
+    "sft": {},
+    # A reward model, then PPO (Stiennon et al. 2020; Ouyang et al. 2022): one scalar a response minus the KL
+    # of every token, critic and GAE, whitened advantages. Centring holds the scores, whose zero is open, near
+    # it.
+    "rlhf": {
+        "learner": {
+            "advantage": "gae",
+            "loss": "ppo_clip",
+            "whiten": True,
+            "epochs": 2,
+            "kl_coef": 0.05,
+            "kl_in": "reward",
+            "kl_estimator": "k1",
+        },
+        "discriminator": {
+            "frozen": True,
+            "level": "sequence",
+            "loss": "bradley_terry",
+            "score_centring": 0.01,
+            "warmup_max_steps": 500,
+            "warmup_accuracy": 1.0,
+            "warmup_patience": 5,
+            "reward": {"form": "bradley_terry"},
+        },
+    },
 }
+
+UNREAD_BY_SFT = (
+    "discriminator", "sampling.group_size", "data.prompts", "run.prompts_per_step",
+    *(
+        f"learner.{name}"
+        for name in (
+            "epochs", "minibatches", "loss", "clip_low", "clip_high", "dual_clip", "advantage", "gamma",
+            "gae_lambda", "baseline", "whiten", "kl_coef", "kl_target", "kl_gain", "kl_estimator", "kl_in",
+            "entropy_coef", "importance", "importance_cap", "importance_floor", "normalise",
+            "constant_length", "critic", "gumbel",
+        )
+    ),
+)  # fmt: skip
+"""Fields and sections that `sft` has no use for."""
 
 
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +79,94 @@ def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
     for the validation to refuse."""
     run = raw.get("run", {})
     method = run.get("method", "rlgaf") if isinstance(run, dict) else "rlgaf"
-    return _over(copy.deepcopy(PRESETS[method]) if method in PRESETS else {}, raw)
+    preset = next((fields for name, fields in PRESETS.items() if name == method), {})
+    return _over(copy.deepcopy(preset), raw)
+
+
+def method_title(config: "Config") -> str:
+    """What a run is called in all that it prints: `rlhf` without preference data is no RLHF, and an adversary
+    that is frozen no adversary."""
+    if config.run.method == "rlhf":
+        return "rlhf" if config.data.preferences else "frozen reward model"
+    frozen = config.discriminator.frozen and config.run.method != "sft"
+    return config.run.method + (", discriminator frozen" if frozen else "")
+
+
+def method_problems(config: "Config") -> list[str]:
+    """Why the settings contradict `run.method`; empty when they do not."""
+    method, judge, problems = config.run.method, config.discriminator, []
+    if method == "sft":
+        if config.sampling.temperature != 1.0:
+            problems.append(
+                f"sampling.temperature = {config.sampling.temperature:g} would bend the likelihood that "
+                'run.method = "sft" trains; leave it at 1 (evaluations have evaluation.temperature)'
+            )
+        if judge.scoring.http:
+            problems.append(
+                'discriminator.scoring.http asks for a scoring service, and run.method = "sft" has no '
+                "discriminator; drop one"
+            )
+        if config.run.max_policy_lag or config.run.max_disc_lag:
+            problems.append(
+                "run.max_policy_lag and run.max_disc_lag allow old samples and scores, and "
+                'run.method = "sft" has neither; leave both at 0'
+            )
+    if method == "rlhf":
+        if not judge.frozen:
+            problems.append(
+                'discriminator.frozen = false: run.method = "rlhf" has a reward model that stays as it is; '
+                'for one that is trained along choose "rlgaf" or "gad"'
+            )
+        if not config.data.preferences and not config.data.demonstrations:
+            problems.append(
+                'run.method = "rlhf" trains a reward model on data.preferences, or on data.demonstrations '
+                "against base samples, and has neither"
+            )
+    if config.data.preferences and method != "rlhf":
+        problems.append(
+            f'data.preferences is read by run.method = "rlhf" alone, not by "{method}"; leave it out'
+        )
+    if config.data.preferences and method == "rlhf":
+        problems += _pair_problems(judge)
+    return problems
+
+
+def _pair_problems(judge: "DiscriminatorConfig") -> list[str]:
+    """Why a discriminator with these settings cannot be trained on preference pairs."""
+    problems = []
+    if judge.loss != "bradley_terry":
+        problems.append(
+            f'data.preferences are comparisons, and discriminator.loss = "{judge.loss}" looks at single '
+            'answers; set it to "bradley_terry"'
+        )
+    if judge.perturbed_fraction:
+        problems.append(
+            "discriminator.perturbed_fraction adds answers that belong to no pair of data.preferences; set "
+            "it to 0"
+        )
+    if judge.length_matched:
+        problems.append(
+            "discriminator.length_matched weighs the two sides apart, and the answers of data.preferences "
+            "come in pairs; set it to false"
+        )
+    return problems
+
+
+def not_read(config: "Config") -> list[str]:
+    """Dotted names of what was given and the method does not read; sections as a whole."""
+    if config.run.method != "sft":
+        return ["learner.sft"] if _given(config, "learner.sft") else []
+    return [name for name in UNREAD_BY_SFT if _given(config, name)]
+
+
+def _given(config: BaseModel, dotted: str) -> bool:
+    *parents, leaf = dotted.split(".")
+    section = config
+    for parent in parents:
+        if parent not in section.model_fields_set:
+            return False
+        section = getattr(section, parent)
+    return leaf in section.model_fields_set
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
         settled = threads or max(1, cores // count)
         return Role(name, what, count, cpus, gpus if device == "cuda" else 0, settled, field)
 
-    roles = (
+    roles: tuple[Role, ...] = (
         role(
             "rollout",
             f"vLLM worker, {config.policy.model}",
@@ -147,6 +147,8 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
             "discriminator.scoring.replicas",
         ),
     )
+    if config.run.method == "sft":  # workers for its evaluations, and nobody who judges
+        roles = tuple(role for role in roles if role.name in ("rollout", "learner"))
     dtype: Dtype = "float32"
     if config.policy.dtype == "bfloat16" or (
         config.policy.dtype == "auto" and (devices["rollout"] == "cuda" or _cpu_computes_bfloat16())

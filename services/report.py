@@ -208,8 +208,12 @@ def write_report(
     curve: Curve,
     samples: Sequence[Mapping[str, str]] = (),
     wall: float | None = None,
+    method: str = "",
+    budget: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write `report.md` and `learning_curve.svg`; `curve`: (step, row) on the selection prompts."""
+    """Write `report.md` and `learning_curve.svg`; `curve`: (step, row) on the selection prompts, `budget`:
+    tokens by who computed them.
+    """
     if curve:
         series = {
             "C2ST": [(step, float(row["c2st"])) for step, row in curve],
@@ -224,6 +228,7 @@ def write_report(
     ]
     parts = [
         f"# {title}",
+        *([f"Method: {method}."] if method else []),
         verdict(evaluation),
         "## Test prompts",
         markdown_table(
@@ -240,6 +245,9 @@ def write_report(
     if samples:
         parts += ["## Samples", markdown_table(sample_columns(samples), sample_rows(samples))]
     parts += ["## Where the time went", markdown_table(PHASE_COLUMNS, phase_rows(phases, wall))]
+    if budget:
+        rows = [[name.replace("_", " "), f"{count:,}"] for name, count in budget.items()]
+        parts += ["## Budget", markdown_table(("tokens", "count"), rows)]
     lines = [f"- step {alarm.step}, {alarm.name}: {alarm.message}" for alarm in alarms]
     parts += ["## Alarms", "\n".join(lines) or "None."]
     return _write(Path(run_dir) / "report.md", "\n\n".join(parts) + "\n")

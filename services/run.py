@@ -4,26 +4,35 @@ behind.
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from discriminator.external_reward import UserRewardError, load_user_reward
-from rollout.data import DataError, DataSplits, load_data, require_at_least
+from rollout.data import DataSplits, load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.alarms import AlarmBounds, Alarms
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
-from services.evaluation.extra_measures import load_extra_measures
+from services.input_checks import check_data, check_other_models, check_user_functions
+from services.methods import method_title, not_read
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
+from services.ray_metrics import RunMetrics
 from services.report import make_console
+
+if TYPE_CHECKING:
+    from services.controller import Controller
+    from services.supervised import SupervisedController
+    from services.supervised_system import SupervisedSystem
+    from services.system import System
+    from services.watch import Watch
 
 INTERRUPTED = 130
 FAILED = 1
@@ -37,6 +46,9 @@ def run(config: Config, *, resume: bool) -> int:
         ConfigError, DataError: before anything is started or written.
     """
     console = make_console()
+    console.print(f"method: {method_title(config)}", highlight=False, markup=False)
+    if unread := not_read(config):
+        console.print(f"not read by this method: {', '.join(unread)}", highlight=False, markup=False)
     config = with_absolute_paths(config)
     try:
         check_vllm_version()
@@ -49,17 +61,22 @@ def run(config: Config, *, resume: bool) -> int:
         plan.check(float(os.cpu_count() or 1), local_gpus(), "this machine")
     tokenizer = load_tokenizer(config.policy)
     check_model(config.policy, config.data, config.sampling, tokenizer)
-    _check_other_models(config)
-    _check_user_functions(config)
+    check_other_models(config)
+    check_user_functions(config)
     renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
-    _check_data(config, splits)
+    check_data(config, splits)
     for report in splits.reports:
         console.print(f"data: {report.source}: {report.kept} rows" + _skipped(report.skipped), markup=False)
     console.print(
         f"splits: {splits.train.num_rows} train, {splits.heldout.num_rows} held out for the discriminator, "
         f"{splits.selection.num_rows} selection, {splits.test.num_rows} test"
     )
+    if config.data.preferences:
+        console.print(
+            f"preference pairs: {splits.preferences.num_rows} to train on, "
+            f"{splits.heldout_preferences.num_rows} held out"
+        )
     with ray_cluster(cluster) as (cpus, gpus):
         plan = resource_plan(config, gpus=gpus)
         plan.check(cpus, gpus, "the Ray cluster")
@@ -81,9 +98,15 @@ def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
         )
     if resume and newest is not None:
         try:
-            verify(newest)
+            loop = verify(newest).get("controller", {})
         except CheckpointError as error:
             raise ConfigError(f"--resume: {error}") from None
+        patience = config.learner.sft.patience
+        if (config.folder / "summary.json").exists() and loop.get("early", {}).get("looks", 0) >= patience:
+            raise ConfigError(
+                f"--resume: {config.folder} has ended by early stopping at step {loop['step']}; raise "
+                "learner.sft.patience to go on"
+            )
     held = {path.name for path in config.folder.iterdir()} if config.folder.exists() else set()
     if not resume and held - LEFT_BY_A_FAILED_START:
         raise ConfigError(
@@ -91,42 +114,6 @@ def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
             "Use --resume to go on with it, or another run.name"
         )
     return checkpoints
-
-
-def _check_user_functions(config: Config) -> None:
-    """The user's own functions can be loaded."""
-    load_extra_measures(config.evaluation.extra_measures)
-    try:
-        load_user_reward(config.discriminator.reward)
-    except UserRewardError as error:
-        raise ConfigError(f"discriminator.reward: {error}") from None
-
-
-def _check_other_models(config: Config) -> None:
-    """The models that judge can be found and have a fast tokenizer, like the policy."""
-    for field, name in (
-        ("discriminator.model", config.discriminator.model),
-        ("evaluation.embedding_model", config.evaluation.embedding_model),
-    ):
-        if name and name != "none":
-            try:
-                load_tokenizer(config.policy.model_copy(update={"model": name}))
-            except DataError as error:
-                raise DataError(str(error).replace("policy.model", field)) from None
-
-
-def _check_data(config: Config, splits: DataSplits) -> None:
-    batch = config.discriminator.batch_size
-    require_at_least(
-        splits.train, batch, "training demonstrations", "give more or lower discriminator.batch_size"
-    )
-    for name in ("heldout", "selection", "test"):
-        require_at_least(
-            getattr(splits, name),
-            8,
-            f"{name} split",
-            f"give more demonstrations or raise data.{name}_fraction",
-        )
 
 
 def _skipped(reasons: dict[str, int]) -> str:
@@ -153,7 +140,7 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
             address="local",
             num_cpus=os.cpu_count(),
             num_gpus=local_gpus(),
-            object_store_memory=512 * 2**20,
+            object_store_memory=_object_store_bytes(),
             include_dashboard=False,
             **quiet,
         )
@@ -162,6 +149,17 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
         yield resources.get("CPU", 0.0), int(resources.get("GPU", 0))
     finally:
         ray.shutdown()
+
+
+def _object_store_bytes() -> int:
+    """A tenth of this machine's memory, 0.5 to 8 GiB, and no more than half of /dev/shm.
+
+    It holds a few versions of the discriminator's weights; what does not fit goes to disk, at every step.
+    """
+    import psutil
+
+    wanted = min(max(psutil.virtual_memory().total // 10, 512 * 2**20), 8 * 2**30)
+    return min(wanted, shutil.disk_usage("/dev/shm").total // 2)
 
 
 class _Run:
@@ -177,11 +175,8 @@ class _Run:
         resume: bool,
         console: Console,
     ) -> None:
-        from services.controller import Controller
         from services.display import Display
         from services.evaluator import Evaluator
-        from services.system import System
-        from services.watch import Watch
 
         self.config = config
         self.resume = resume
@@ -191,16 +186,35 @@ class _Run:
         self.earlier_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
         self.watched: dict[str, Any] = {}
+        self.warm: dict[str, Any] = {}
+        """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
         start = checkpoints.steps()[-1] if resume else 0
         config.folder.mkdir(parents=True, exist_ok=True)
         (config.folder / "config.toml").write_text(to_toml(config))
         self.display = Display(config.run.steps, start, console)
         self.log = MetricsLog(config.folder)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
-        self.system = System(config, plan, splits, renderer)
-        self.controller = Controller(config, self.system, self.observe, self.display.phase)
+        self.exported = RunMetrics(config)
+        self.system, self.controller, self.watch = self._parts(plan, splits, renderer)
         self.evaluator = Evaluator(config, self.system, self.display.note)
-        self.watch = Watch(config, self.system)
+
+    def _parts(
+        self, plan: ResourcePlan, splits: DataSplits, renderer: Renderer
+    ) -> "tuple[System | SupervisedSystem, Controller | SupervisedController, Watch]":
+        """Processes, loop and watch of the run's method."""
+        from services.controller import Controller
+        from services.supervised import SupervisedController
+        from services.supervised_system import SupervisedSystem, SupervisedWatch
+        from services.system import System
+        from services.watch import Watch
+
+        if self.config.run.method == "sft":
+            trained = SupervisedSystem(self.config, plan, splits, renderer)
+            supervised = SupervisedController(self.config, trained, self.observe, self.display.phase)
+            return trained, supervised, SupervisedWatch(self.config, trained)
+        system = System(self.config, plan, splits, renderer)
+        controller = Controller(self.config, system, self.observe, self.display.phase)
+        return system, controller, Watch(self.config, system)
 
     async def main(self) -> int:
         """Start, train, report; every way out ends the processes."""
@@ -242,7 +256,9 @@ class _Run:
 
     async def _work(self) -> int:
         with self.display:
+            self.exported.begin()
             await self.system.start(self.display.note)
+            self.watching = asyncio.create_task(self.exported.watch_workers(lambda: self.system.fleet.actors))
             if self.resume:
                 await self._load()
             else:
@@ -251,7 +267,7 @@ class _Run:
             await self.controller.run(self._after_step)
             if self.controller.step not in self.checkpoints.steps():
                 await self._save()
-            if self.controller.step < self.config.run.steps:
+            if not self.controller.finished:
                 await self.system.stop()
                 self.display.note(f"stopped at step {self.controller.step}; go on with --resume")
                 return INTERRUPTED
@@ -265,15 +281,29 @@ class _Run:
         await self.watch.begin(self.display.note)
         self.display.note("evaluating the base model")
         await self._evaluate(0)
+        if self.config.run.method != "sft":
+            await self._warm_up()
+
+    async def _warm_up(self) -> None:
+        from services.system import System
+
+        assert isinstance(self.system, System), "sft has no discriminator"
         with self.controller.timer("warm-up"):
-            warm = await self.system.warm_up(self.display.note)
+            self.warm = await self.system.warm_up(self.display.note)
+        self.controller.budget.rollout_tokens += self.warm["rollout_tokens"]
+        self.controller.budget.discriminated(self.warm)
+        what = (
+            "reward model trained and frozen"
+            if self.config.discriminator.frozen
+            else "discriminator warmed up"
+        )
         self.display.note(
-            f"discriminator warmed up: {warm['steps']:.0f} steps, held-out accuracy {warm['accuracy']:.3f}"
+            f"{what}: {self.warm['steps']:.0f} steps, held-out accuracy {self.warm['accuracy']:.3f}"
         )
 
     async def _after_step(self, step: int) -> None:
         run = self.config.run
-        if step % self.config.evaluation.every == 0 or step == run.steps:
+        if step % self.config.evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
         if run.checkpoint_every and step % run.checkpoint_every == 0:
             await self._save()
@@ -299,15 +329,23 @@ class _Run:
         """Record one step's metrics (with what the evaluation before it saw), raise alarms, show progress."""
         row = self.log.log(step, {**values, **self.watched})
         self.watched = {}
+        self.exported.step(row, self.rows[-1] if self.rows else None)
         self.rows.append(row)
+        if "selection/nll" in row:
+            self.display.note(
+                f"step {step}: NLL of selection answers {row['selection/nll']:.3f}, "
+                f"best {row['selection/best_nll']:.3f}"
+            )
         if "discriminator/transition" in row:
             self.display.note(f"health: {row['discriminator/transition']}")
         self._raise_alarms(self.rows)
         self.display.step(step, row)
 
     def _raise_alarms(self, rows: list[dict[str, Any]]) -> None:
-        for alarm in self.alarms.check(rows):
+        raised = self.alarms.check(rows)
+        for alarm in raised:
             self.display.note(f"alarm: {alarm.name}: {alarm.message}")
+        self.exported.alarms(raised, self.alarms.state_dict()["active"])
 
     async def _save(self) -> None:
         with self.controller.timer("checkpoint"):
@@ -322,6 +360,7 @@ class _Run:
                 "alarms": self.alarms.state_dict(),
                 "watch": self.watch.state(),
                 "watched": self.watched,
+                "warm": self.warm,
                 "seconds": self.earlier_seconds + time.monotonic() - self.began,
             }
             await asyncio.to_thread(self.checkpoints.commit, step, state)
@@ -337,6 +376,7 @@ class _Run:
         self.alarms.load_state_dict(state["alarms"])
         self.watch.load_state(state["watch"])
         self.watched = state["watched"]
+        self.warm = state["warm"]
         self.earlier_seconds = state["seconds"]
         self.log.truncate_after(self.controller.step)
         self.rows = read_metrics(self.log.path)
@@ -348,12 +388,17 @@ class _Run:
         wall = self.earlier_seconds + time.monotonic() - self.began
         phases = self.controller.timer.totals()
         samples = self.evaluator.samples(config.evaluation.shown_samples)
+        budget: dict[str, Any] = self.controller.budget.state()
+        budget |= {"wall_seconds": wall, "seconds": {name: item["seconds"] for name, item in phases.items()}}
         facts = {
+            "method": method_title(config),
             "steps": self.controller.step,
             "best_step": self.evaluator.best_step,
             "wall_seconds": wall,
             "responses": self.controller.ledger.check(),
-            "prompts_seen": self.controller.step * config.run.prompts_per_step,
+            **self.controller.facts(),
+            "budget": budget,
+            "warm_up": self.warm,
             "demonstrations": self.system.splits.train.num_rows,
             "memory_mib": {"controller": process_memory()["rss"], **memory},
             "learning_curve": [{"step": step, **row} for step, row in self.evaluator.curve],
@@ -368,6 +413,8 @@ class _Run:
             self.evaluator.curve,
             samples,
             wall,
+            method=method_title(config),
+            budget=self.controller.budget.state(),
         )
         print_report(self.console, evaluation, phases, self.alarms.raised, samples, wall)
         self.console.print(

@@ -1,12 +1,10 @@
-"""All processes of a run behind the words the controller uses: generate, score, learn, sync, discriminate.
-
-Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies or breaks in a
-sync is replaced, synced and asked again, at most `rollout.max_replacements` times a run. Anything else that
-dies ends the run with its own error; the run resumes from its last checkpoint.
+"""All processes of an adversarial run, or of one with a reward model, behind the words the controller uses:
+generate, score, learn, sync, discriminate. Failures: see `services.policy_side`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,19 @@ import pyarrow as pa
 import ray
 
 from discriminator.buffer import ReplayBuffer
+from discriminator.preferences import PreferenceSides, for_preferences, preference_sides
 from discriminator.rank import DiscriminatorRank
+from discriminator.soft import SoftJudge, soft_judge
 from discriminator.versions import VersionStore
-from learner.rank import LearnerRank
-from learner.trainer import GroupPlan, TrainerGroup
+from learner.trainer import TrainerGroup
 from rollout.data import DataSplits
-from rollout.prompts import PromptSource, evaluation_requests
+from rollout.prompts import PromptSource
 from rollout.templates import Renderer
-from services.answers import first_prompts, human_answers
+from services.budget import response_tokens
 from services.config import Config
 from services.demonstrations import Demonstrations
-from services.fleet import FleetError, RolloutFleet
 from services.plan import ResourcePlan
+from services.policy_side import PolicySide, up
 from services.reward_inputs import RewardInputs
 from services.scoring import deploy
 from services.waiting import within
@@ -33,31 +32,21 @@ from services.waiting import within
 BUFFER_S = 120.0
 
 
-class System:
+class System(PolicySide):
     """Rollout fleet, learner, discriminator, replay buffer, version store and scoring service of one run."""
 
-    fleet: RolloutFleet
-    learner: TrainerGroup
     discriminator: TrainerGroup
     buffer: Any
     versions: Any
     scorer: Any
-    policy_version: int
-    """Version of the weights the learner holds."""
     disc_version: int
     """Newest published discriminator version."""
 
     def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
-        self.config = config
-        self.plan = plan
-        self.splits = splits
-        self.renderer = renderer
-        self.policy_version = 0
+        super().__init__(config, plan, splits, renderer)
         self.disc_version = 0
-        self.replacements = 0
         self.app = f"rlgaf-{config.run.name}"
         self.scorer: Any = None
-        self._groups: list[TrainerGroup] = []
         self.prompts = PromptSource(
             splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
         )
@@ -65,7 +54,6 @@ class System:
             splits, renderer.tokenizer, config.discriminator.canonical, config.sampling.max_tokens
         )
         self.reward_inputs = RewardInputs(config.discriminator, self.demonstrations.train, self.score)
-        self._mending = asyncio.Lock()
 
     # Life
 
@@ -74,84 +62,51 @@ class System:
         config = self.config
         say(f"starting {config.rollout.workers} rollout worker(s), learner, discriminator and scoring")
         self.train_demonstrations = ray.put(self.demonstrations.train)
-        self.fleet = RolloutFleet(config, self.plan)
-        self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
         # While a batch is scored, as many turns may publish as the lag allows.
         self.versions = ray.remote(VersionStore).options(num_cpus=0).remote(config.run.max_disc_lag + 2)
-        self.learner = TrainerGroup(
-            "learner", LearnerRank, self._learner_config(), self._group_plan("learner")
-        )
+        policy = self._start_policy(say)
+        self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
         self.discriminator = TrainerGroup(
             "discriminator",
             DiscriminatorRank,
             self._discriminator_config(),
             self._group_plan("discriminator"),
         )
-
-        self._groups = [self.learner, self.discriminator]
-
-        async def up(what: str, starting: Any) -> Any:
-            answer = await starting
-            say(f"{what} ready")
-            return answer
-
-        _, _, _, self.scorer = await asyncio.gather(
-            up("rollout", self.fleet.start()),
-            up("learner", self.learner.start()),
-            up("discriminator", self.discriminator.start()),
-            up(
-                "scoring",
-                within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy)),
-            ),
+        self._groups.append(self.discriminator)
+        deployed = within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy))
+        *_, self.scorer = await asyncio.gather(
+            *policy, up(say, "discriminator", self.discriminator.start()), up(say, "scoring", deployed)
         )
         await self._connect()
 
     def _learner_config(self) -> dict[str, Any]:
-        config = self.config
-        updates = config.run.steps * config.learner.epochs * config.learner.minibatches
-        settled = {
-            "threads": self.plan.role("learner").threads,
-            "device": self.plan.devices["learner"],
-            "schedule_steps": config.learner.schedule_steps or updates,
-            "gamma": config.gamma,
-        }
-        if config.learner.normalise == "constant":
-            settled["constant_length"] = config.learner.constant_length or config.sampling.max_tokens
-        return {
-            "learner": config.learner.model_copy(update=settled),
-            "policy": config.policy,
-            "rollout": config.rollout,
-            "temperature": config.sampling.temperature,
-            "seed": config.run.seed,
-        }
+        gumbel = self.config.learner.gumbel
+        return super()._learner_config() | {"judge": self._judge() if gumbel.weight else None}
+
+    def _judge(self) -> Callable[[], SoftJudge]:
+        """What makes the judge of Gumbel-Softmax on a learner's rank, where it fetches what it needs."""
+        settings = self._discriminator_config()
+        config = settings["config"].model_copy(update={"device": self.plan.devices["learner"]})
+        timeout = config.scoring.timeout_s
+        return partial(soft_judge, config, settings["model"], self.config.policy, self.versions, timeout)
 
     def _discriminator_config(self) -> dict[str, Any]:
         config = self.config
+        updates = config.discriminator.warmup_max_steps if config.discriminator.frozen else config.run.steps
         settled = {
             "threads": self.plan.role("discriminator").threads,
             "device": self.plan.devices["discriminator"],
-            "schedule_steps": config.discriminator.schedule_steps or config.run.steps,
+            "schedule_steps": config.discriminator.schedule_steps or updates,
         }
+        judge = config.discriminator.model_copy(update=settled)
         return {
-            "config": config.discriminator.model_copy(update=settled),
+            "config": for_preferences(judge) if config.data.preferences else judge,
             "model": config.discriminator.model or config.policy.model,
             "model_dtype": config.policy.dtype,
             "versions": self.versions,
             "publish_timeout_s": config.discriminator.scoring.timeout_s,
             "seed": config.run.seed,
         }
-
-    def _group_plan(self, name: str) -> GroupPlan:
-        role = self.plan.role(name)
-        section = self.config.learner if name == "learner" else self.config.discriminator
-        return GroupPlan(
-            ranks=role.count,
-            cpus_per_rank=role.cpus,
-            use_gpu=role.gpus > 0,
-            threads=role.threads,
-            storage=str(self.config.folder / "ray"),
-            start_timeout_s=section.start_timeout_s,
-        )
 
     def _deploy(self) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
@@ -174,31 +129,18 @@ class System:
         """End what has an orderly end; the rest goes with the Ray job."""
         from ray import serve
 
-        await asyncio.gather(*(group.stop() for group in self._groups))
+        await super().stop()
         await asyncio.to_thread(serve.delete, self.app)
 
     async def abort(self) -> None:
         """End everything after a failure, whatever state it is in."""
         from ray import serve
 
-        await asyncio.gather(*(group.abort() for group in self._groups))
+        await super().abort()
         if self.scorer is not None:
             await asyncio.to_thread(serve.delete, self.app)
 
     # The controller's words
-
-    async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
-        """Trajectories for the requests; a worker that dies is replaced and the batch asked for again.
-
-        Seeds are kept in exact mode only: with them vLLM draws every sequence's token by itself, which is
-        slower.
-        """
-        if not self.config.run.exact:
-            unseeded = pa.nulls(requests.num_rows, pa.int64())
-            requests = requests.set_column(
-                requests.column_names.index("seed"), requests.schema.field("seed"), unseeded
-            )
-        return await self._asked(lambda: self.fleet.generate(requests, min_version))
 
     async def score(self, batch: pa.Table, version: int) -> list[dict[str, Any]]:
         """Per-token scores and spans for every row of `batch`, each group judged by `version`."""
@@ -229,48 +171,54 @@ class System:
             "train_step", timeout_s=timeout, table=ray.put(scored), step=step, lr_factor=lr_factor
         )
 
-    async def sync(self, version: int) -> dict[str, float]:
-        """Broadcast the policy as `version` to every rollout worker; returns timings of sender and slowest
-        worker.
-        """
-        async with self._mending:
-            self.policy_version = version
-            return await self._sync()
-
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
-        """The discriminator's turn of `step` on these rollouts and a replay; publishes version step + 1."""
-        settings, seed = self.config.discriminator, self.config.run.seed
-        await within(BUFFER_S, "adding to the replay buffer", self.buffer.add.remote(batch, step))
-        wanted = settings.batch_size * settings.steps_per_policy_step
-        rollouts = await within(
-            BUFFER_S, "sampling the replay buffer", self.buffer.sample.remote(wanted, step=step, seed=seed)
-        )
+        """The discriminator's turn of `step` on these rollouts and a replay; publishes version step + 1. A
+        frozen one judges, keeps no replay, and its version step + 1 is version 0 again."""
+        settings = self.config.discriminator
+        fresh = ray.put(batch)
+        rollouts = fresh if settings.frozen else ray.put(await self._replayed(batch, step))
         metrics = await self.discriminator.call(
             "turn",
             timeout_s=settings.step_timeout_s,
-            rollouts=ray.put(rollouts),
+            rollouts=rollouts,
             demonstrations=self.train_demonstrations,
-            fresh=ray.put(batch),
+            fresh=fresh,
             heldout=ray.put(self.demonstrations.heldout),
             step=step,
         )
         self.disc_version = step + 1
+        if settings.frozen:
+            return metrics[0]
         return {
             **metrics[0],
             "buffer": await within(BUFFER_S, "asking the replay buffer", self.buffer.stats.remote()),
         }
 
+    async def _replayed(self, batch: pa.Table, step: int) -> pa.Table:
+        """Put a step's rollouts into the replay buffer, and draw from it what the turn trains on."""
+        settings, seed = self.config.discriminator, self.config.run.seed
+        await within(BUFFER_S, "adding to the replay buffer", self.buffer.add.remote(batch, step))
+        wanted = settings.batch_size * settings.steps_per_policy_step
+        draw = self.buffer.sample.remote(wanted, step=step, seed=seed)
+        return await within(BUFFER_S, "sampling the replay buffer", draw)
+
     # Before, between and after
 
     async def warm_up(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Train the discriminator on base rollouts until it is good enough, and publish version 0."""
+        """Train the discriminator on base rollouts until it is good enough (on preference pairs, where there
+        are), and publish version 0. Returns its evaluation, and the `rollout_tokens` that were sampled for
+        it.
+        """
+        if self.splits.preferences.num_rows:
+            return await self._warm_up_on_preferences(say)
         settings, run = self.config.discriminator, self.config.run
         source = PromptSource(
             self.splits.rollout_prompts(), self.renderer.encode, self.config.sampling.group_size, run.seed + 1
         )
         wanted = settings.batch_size * min(settings.warmup_max_steps, 16) + settings.heldout_size
         prompts = max(1, min(len(source), -(-wanted // self.config.sampling.group_size)))
-        say(f"warming the discriminator up on {prompts * self.config.sampling.group_size} base rollouts")
+        what = "training the reward model" if settings.frozen else "warming the discriminator up"
+        say(f"{what} on {prompts * self.config.sampling.group_size} base rollouts")
         rollouts = await self.generate(source.next(prompts, 0), 0)
         apart = min(settings.heldout_size, rollouts.num_rows // 4)
         metrics = await self.discriminator.call(
@@ -282,7 +230,30 @@ class System:
             heldout_rollouts=ray.put(rollouts.slice(0, apart)),
         )
         self.disc_version = 0
-        return metrics[0]
+        return metrics[0] | {"rollout_tokens": response_tokens(rollouts)}
+
+    async def _warm_up_on_preferences(self, say: Callable[[str], None]) -> dict[str, Any]:
+        settings = self.config.discriminator
+
+        def sides(pairs: pa.Table) -> PreferenceSides:
+            limit = self.config.sampling.max_tokens
+            return preference_sides(pairs, self.renderer.tokenizer, settings.canonical, max_tokens=limit)
+
+        train, held = sides(self.splits.preferences), sides(self.splits.heldout_preferences)
+        say(
+            f"training the reward model on {train.chosen.num_rows} preference pairs, "
+            f"{held.chosen.num_rows} held out"
+        )
+        metrics = await self.discriminator.call(
+            "warm_up",
+            timeout_s=settings.step_timeout_s,
+            rollouts=ray.put(train.rejected),
+            demonstrations=ray.put(train.chosen),
+            heldout=ray.put(held.chosen),
+            heldout_rollouts=ray.put(held.rejected),
+        )
+        self.disc_version = 0
+        return metrics[0] | {"rollout_tokens": 0}
 
     async def base_samples(self, count: int) -> pa.Table:
         """About `count` base responses over the training prompts, for the audit."""
@@ -290,29 +261,6 @@ class System:
         each = -(-count // prompts.num_rows)
         source = PromptSource(prompts, self.renderer.encode, each, self.config.run.seed + 2)
         return await self.generate(source.next(-(-count // each), 0), 0)
-
-    async def sample(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
-        """Evaluation responses for up to `prompts` prompts of a split, as trajectories."""
-        settings = self.config.evaluation
-        requests = evaluation_requests(
-            first_prompts(split, prompts),
-            self.renderer.encode,
-            settings.samples_per_prompt,
-            step,
-            settings.seed,
-        )
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-        return await self._asked(lambda: self.fleet.sample(requests, sampling))
-
-    async def human_nll(self, split: pa.Table, prompts: int) -> float:
-        """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
-        table = human_answers(first_prompts(split, prompts), self.renderer, self.config.sampling.max_tokens)
-        timeout = self.config.learner.step_timeout_s
-        return (await self.learner.call("mean_nll", timeout_s=timeout, table=ray.put(table)))[0]
-
-    async def export(self, folder: Path) -> None:
-        """Write the policy as a plain Hugging Face folder."""
-        await self.learner.call("export", timeout_s=self.config.learner.step_timeout_s, folder=str(folder))
 
     async def save(self, folder: Path) -> dict[str, Any]:
         """Write every process's state into `folder`; returns what belongs into the checkpoint's own state."""
@@ -342,54 +290,3 @@ class System:
             ),
         )
         await self.sync(self.policy_version)
-
-    async def memory(self) -> dict[str, float]:
-        """Resident memory by process in MiB."""
-        found: dict[str, float] = {}
-        for group in self._groups:
-            for rank, memory in enumerate(await group.call("memory", timeout_s=30.0)):
-                found |= {f"{group.role}_{rank}_{name}": value for name, value in memory.items()}
-        return found
-
-    # Weight sync and repair
-
-    async def _connect(self) -> None:
-        await self.learner.call(
-            "connect",
-            timeout_s=self.config.rollout.sync_timeout_s + 30,
-            workers=self.fleet.actors,
-            worlds=[info["world_size"] for info in self.fleet.info],
-        )
-
-    async def _sync(self) -> dict[str, float]:
-        timeout = 2 * self.config.rollout.sync_timeout_s
-        while True:
-            answer = (await self.learner.call("sync", timeout_s=timeout, version=self.policy_version))[0]
-            if "error" not in answer:
-                del answer["replace"]
-                return answer
-            await self._replace(FleetError(answer["error"], answer["replace"]))
-
-    async def _asked(self, ask: Callable[[], Awaitable[pa.Table]]) -> pa.Table:
-        """The fleet's answer; while workers die over it they are replaced and all are asked again."""
-        while True:
-            try:
-                return await ask()
-            except FleetError as error:
-                await self._mend(error)
-
-    async def _mend(self, error: FleetError) -> None:
-        """Replace failed workers and bring them up to the current version."""
-        async with self._mending:
-            await self._replace(error)
-            await self._sync()
-
-    async def _replace(self, error: FleetError) -> None:
-        self.replacements += 1
-        if self.replacements > self.config.rollout.max_replacements:
-            raise RuntimeError(
-                f"rollout workers were replaced {self.config.rollout.max_replacements} times "
-                f"(rollout.max_replacements); the last failure: {error}"
-            ) from error
-        await self.fleet.replace(error.workers)
-        await self._connect()

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 
-def run_two_ranks(job: dict[str, Any], folder: Path) -> dict[int, Any]:
-    """What `zero_worker.py` makes of `job` (see there for its fields; `out` is filled in), by ZeRO stage."""
+def run_two_ranks(job: dict[str, Any], folder: Path, script: str = "zero_worker.py") -> dict[int, Any]:
+    """What `script` makes of `job` (see there for its fields; `out` is filled in), by ZeRO stage."""
     torch.save(job | {"out": str(folder / "out.pt")}, folder / "job.pt")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    worker = str(Path(__file__).with_name("zero_worker.py"))
+    worker = str(Path(__file__).with_name(script))
     ranks = [
         subprocess.Popen(
             [sys.executable, worker, str(folder / "job.pt"), str(rank), "2", str(folder / "rendezvous")],

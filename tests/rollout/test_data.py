@@ -16,6 +16,7 @@ from rollout.data import (
     load_data,
     prompt_id,
     read_demonstrations,
+    read_preferences,
     require_at_least,
     split_of,
 )
@@ -235,3 +236,64 @@ def test_require_at_least() -> None:
     require_at_least(table, 2, "training demonstrations", "add some")
     with pytest.raises(DataError, match="training demonstrations: 2 rows, at least 3 needed; add some"):
         require_at_least(table, 3, "training demonstrations", "add some")
+
+
+def preferences(prompts: int) -> list[dict[str, str]]:
+    return [{"prompt": f"prompt {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(prompts)]
+
+
+def test_preference_pairs_from_jsonl_and_parquet_under_any_names(tmp_path: Path) -> None:
+    rows = preferences(20)
+    table, report = read_preferences(write_jsonl(tmp_path / "p.jsonl", rows), DataConfig(), Words())
+    assert table.select(["prompt", "chosen", "rejected"]).to_pylist() == rows
+    assert table["prompt_id"].to_pylist() == [prompt_id(row["prompt"]) for row in rows]
+    assert report.kept == 20
+    renamed = pa.Table.from_pylist(rows).rename_columns(["question", "better", "worse"])
+    pq.write_table(renamed, tmp_path / "p.parquet")
+    names = DataConfig(prompt_column="question", chosen_column="better", rejected_column="worse")
+    assert read_preferences(tmp_path / "p.parquet", names, Words())[0].equals(table)
+    with pytest.raises(DataError, match="'chosen' is missing; columns here: 'question', 'better', 'worse'"):
+        read_preferences(
+            tmp_path / "p.parquet", names.model_copy(update={"chosen_column": "chosen"}), Words()
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "column 'rejected' is missing; columns here: 'prompt', 'chosen'"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "'rejected' is null, not a string"),
+        ({"prompt": "p", "chosen": [{"role": "assistant"}], "rejected": "b"}, "'chosen' is a list"),
+        ({"prompt": "p", "chosen": " ", "rejected": "b"}, "'chosen' is empty"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' hold the same text"),
+    ],
+)
+def test_bad_preference_pairs_stop_with_their_line_or_are_counted(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [*preferences(2), row])
+    with pytest.raises(DataError) as caught:
+        read_preferences(path, DataConfig(), Words())
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert message in str(caught.value)
+    table, report = read_preferences(path, DataConfig(on_error="skip"), Words())
+    assert table.num_rows == 2
+    assert sum(report.skipped.values()) == 1
+
+
+def test_preference_pairs_of_evaluation_prompts_train_no_reward_model(tmp_path: Path) -> None:
+    demonstrations = write_jsonl(tmp_path / "a.jsonl", pairs(200))
+    path = write_jsonl(tmp_path / "p.jsonl", preferences(400))
+    data = DataConfig(demonstrations=str(demonstrations), preferences=str(path))
+    splits = load_data(data, Words())
+    judged = {p for name in ("selection", "test") for p in getattr(splits, name)["prompt"].to_pylist()}
+    train = set(splits.preferences["prompt"].to_pylist())
+    held = set(splits.heldout_preferences["prompt"].to_pylist())
+    assert train | held == {f"prompt {i}" for i in range(400)} - judged
+    assert not train & held
+    assert not train & set(splits.heldout["prompt"].to_pylist())
+    assert 20 <= len(held) <= 70, "a tenth of 400, standard deviation 6"
+    assert sum(splits.reports[-1].skipped.values()) == len(judged)
+    without = load_data(DataConfig(demonstrations=str(demonstrations)), Words())
+    assert without.preferences.num_rows == without.heldout_preferences.num_rows == 0
+    assert without.train.equals(splits.train)

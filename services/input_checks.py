@@ -1,0 +1,65 @@
+"""What is checked of a run's functions, models and data before anything is started."""
+
+from discriminator.external_reward import UserRewardError, load_user_reward
+from rollout.data import DataError, DataSplits, require_at_least
+from rollout.templates import load_tokenizer
+from services.config import Config, ConfigError
+from services.evaluation.extra_measures import load_extra_measures
+
+
+def check_user_functions(config: Config) -> None:
+    """The user's own functions can be loaded.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    load_extra_measures(config.evaluation.extra_measures)
+    if config.run.method == "sft":
+        return
+    try:
+        load_user_reward(config.discriminator.reward)
+    except UserRewardError as error:
+        raise ConfigError(f"discriminator.reward: {error}") from None
+
+
+def check_other_models(config: Config) -> None:
+    """The models that judge can be found and have a fast tokenizer, like the policy.
+
+    Raises:
+        DataError: names the field.
+    """
+    for field, name in (
+        ("discriminator.model", config.discriminator.model if config.run.method != "sft" else ""),
+        ("evaluation.embedding_model", config.evaluation.embedding_model),
+    ):
+        if name and name != "none":
+            try:
+                load_tokenizer(config.policy.model_copy(update={"model": name}))
+            except DataError as error:
+                raise DataError(str(error).replace("policy.model", field)) from None
+
+
+def check_data(config: Config, splits: DataSplits) -> None:
+    """There is enough of everything.
+
+    Raises:
+        DataError: too few rows, with what to change.
+    """
+    field = "learner.sft.batch_size" if config.run.method == "sft" else "discriminator.batch_size"
+    batch = config.learner.sft.batch_size if config.run.method == "sft" else config.discriminator.batch_size
+    require_at_least(splits.train, batch, "training demonstrations", f"give more or lower {field}")
+    if config.data.preferences:
+        require_at_least(splits.preferences, batch, "preference pairs", f"give more or lower {field}")
+        require_at_least(
+            splits.heldout_preferences,
+            8,
+            "held-out preference pairs",
+            "give more pairs or raise data.heldout_fraction",
+        )
+    for name in ("heldout", "selection", "test"):
+        require_at_least(
+            getattr(splits, name),
+            8,
+            f"{name} split",
+            f"give more demonstrations or raise data.{name}_fraction",
+        )

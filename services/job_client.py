@@ -1,0 +1,144 @@
+"""Ray's job API as `rlgaf submit` uses it: every request has a deadline and every failure a message.
+
+The token is sent whenever there is one, whatever this machine's RAY_AUTH_MODE says; a cluster without
+authentication ignores it. RAY_ADDRESS and RAY_API_SERVER_ADDRESS of this machine are not read: they would
+override the address that was given.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.cluster import token_source, token_value
+from services.config import ConfigError
+
+CONNECT_S = 15.0
+REQUEST_S = 120.0
+LOST_S = 300.0
+"""How long a cluster may be out of reach while a job is followed."""
+POLL_S = 1.0
+
+
+class LostJob(RuntimeError):
+    """The cluster cannot be reached any more, or the job did not end in time; it may still be running."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has not ended."""
+
+    id: str
+    status: str
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended: SUCCEEDED, STOPPED or FAILED, with Ray's message and, if it ran, the driver's exit
+    code."""
+
+    status: str
+    message: str
+    exit_code: int | None
+
+
+class JobClient:
+    """One cluster's jobs.
+
+    Raises ConfigError when the address does not answer, is no Ray dashboard, or refuses the token.
+    """
+
+    def __init__(self, address: str) -> None:
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            os.environ.pop(name, None)
+        import requests
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            def _do_request(self, method: str, endpoint: str, **arguments: Any) -> Any:
+                return super()._do_request(method, endpoint, timeout=(CONNECT_S, REQUEST_S), **arguments)
+
+        self.address = address
+        token = token_value()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            self._client = Client(address, headers=headers)
+        except AuthenticationError:
+            given = f"and refuses the one in {token_source()}" if token else "and none was found"
+            raise ConfigError(
+                f"{address} asks for a token {given}; put it into the variable RAY_AUTH_TOKEN or the file "
+                "~/.ray/auth_token"
+            ) from None
+        except (requests.Timeout, ConnectionError, requests.ConnectionError):
+            raise ConfigError(
+                f"{address} does not answer within {CONNECT_S:.0f} s: is the cluster up and is this its "
+                "dashboard's address? (`rlgaf up` starts one here; on Kubernetes: kubectl port-forward "
+                "svc/…-head-svc 8265)"
+            ) from None
+        except (requests.RequestException, RuntimeError, KeyError, ValueError) as error:
+            raise ConfigError(f"{address} is no Ray dashboard that takes jobs: {error}") from None
+
+    def active(self) -> list[Job]:
+        """Jobs that have not ended and were submitted (drivers that connected by themselves have no id)."""
+        return [
+            Job(job.submission_id, str(job.status), job.metadata or {})
+            for job in self._client.list_jobs()
+            if job.submission_id is not None and not job.status.is_terminal()
+        ]
+
+    def submit(
+        self, command: str, *, runtime_env: dict[str, Any], metadata: dict[str, str], driver_cpus: float
+    ) -> str:
+        """Upload the working directory if there is one, start the job and return its id."""
+        try:
+            return self._client.submit_job(
+                entrypoint=command,
+                runtime_env=runtime_env,
+                metadata=metadata,
+                entrypoint_num_cpus=driver_cpus or None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"{self.address} does not take the job: {error}") from None
+
+    def stop(self, job: str) -> None:
+        """SIGTERM to the job's driver; returns at once."""
+        self._client.stop_job(job)
+
+    async def follow(
+        self, job: str, write: Callable[[str, int], None], *, deadline_s: float | None = None
+    ) -> JobEnd:
+        """Hand on the job's log until it ends: `write(text, position in the log)`.
+
+        Raises:
+            LostJob: the cluster was out of reach for five minutes, or the deadline passed.
+        """
+        import aiohttp
+
+        began = heard = time.monotonic()
+        while True:
+            left = None if deadline_s is None else deadline_s - (time.monotonic() - began)
+            if left is not None and left <= 0:
+                raise LostJob(f"job {job} did not end within {deadline_s:.0f} s")
+            try:
+                await asyncio.wait_for(self._tail(job, write), left)
+                info = await asyncio.to_thread(self._client.get_job_info, job)
+            except TimeoutError:
+                continue
+            except (aiohttp.ClientError, OSError, RuntimeError) as error:  # those of requests are OSErrors
+                if time.monotonic() - heard > LOST_S:
+                    raise LostJob(f"{self.address} is out of reach ({error}); job {job} may go on") from None
+            else:
+                heard = time.monotonic()
+                if info.status.is_terminal():
+                    return JobEnd(str(info.status), info.message or "", info.driver_exit_code)
+            await asyncio.sleep(POLL_S)
+
+    async def _tail(self, job: str, write: Callable[[str, int], None]) -> None:
+        position = 0
+        async for text in self._client.tail_job_logs(job):
+            write(text, position)
+            position += len(text)
