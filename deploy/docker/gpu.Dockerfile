@@ -1,0 +1,54 @@
+# rlgaf for NVIDIA GPU nodes. CUDA comes with the wheels of requirements/gpu.txt; the node brings the driver.
+#   docker build -f deploy/docker/gpu.Dockerfile -t rlgaf:0.1.0-gpu .
+#
+# Nothing of DeepSpeed is compiled, in the image or at run time: learner/engine.py uses torch's fused AdamW and switches
+# DeepSpeed's own operators off. g++ stays in the final image because torch, Triton and vLLM compile small kernels when
+# they first run.
+ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
+
+# The pinned packages, the same list as make setup installs.
+FROM ${PYTHON_IMAGE} AS packages
+WORKDIR /src
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+COPY requirements/gpu.txt ./
+RUN python -m pip install --no-deps --no-compile --prefix=/install -r gpu.txt
+
+# rlgaf itself, built with the setuptools of the list.
+FROM packages AS wheel
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY rollout rollout
+COPY learner learner
+COPY discriminator discriminator
+COPY services services
+RUN PYTHONPATH=/install/lib/python3.11/site-packages \
+    python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+FROM ${PYTHON_IMAGE}
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libnuma1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --user-group --create-home rlgaf \
+    && install -d -o rlgaf -g rlgaf /runs /cache /data
+# The compiler of the list, for kernels that are generated on the node.
+ENV CUDA_HOME=/usr/local/lib/python3.11/site-packages/nvidia/cu13 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Into the interpreter's own prefix: a login shell, which KubeRay may use, resets PATH to the system's.
+COPY --from=packages /install /usr/local
+# A layer of its own: a change of the project's code does not move the packages.
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    python -m pip install --no-cache-dir --no-deps --no-compile /wheels/*.whl
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/home/rlgaf \
+    USER=rlgaf \
+    HF_HOME=/cache/huggingface \
+    RAY_JOB_STOP_WAIT_TIME_S=600
+USER 1000:1000
+WORKDIR /runs
+EXPOSE 6379 8000 8080 8265
+# Of the Ray node that the default command starts. Kubernetes uses the chart's probes instead.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8265/api/gcs_healthz', timeout=5)"]
+CMD ["ray", "start", "--head", "--block", "--disable-usage-stats", "--dashboard-host=127.0.0.1"]

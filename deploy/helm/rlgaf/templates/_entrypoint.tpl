@@ -1,0 +1,15 @@
+{{/* What the job runs. In mode RayCluster NOTES.txt prints it for `ray job submit`. */}}
+{{- define "rlgaf.entrypoint" -}}
+python /etc/rlgaf/scripts/start.py /etc/rlgaf/run/run.toml /etc/rlgaf/run/overrides.json
+{{- if .Values.run.setAsideUnfinished }} --set-aside{{ end }}
+{{- if .Values.autoscaling.enabled }} --bring-up {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}{{ end }}
+{{- end -}}
+
+{{/* Overrides of the run's TOML: where runs are written, the scoring endpoint, and the user's own. */}}
+{{- define "rlgaf.overrides" -}}
+{{- $words := list "--run.output=/runs" -}}
+{{- if .Values.scoring.http -}}
+{{- $words = concat $words (list "--discriminator.scoring.http=true" "--discriminator.scoring.http_host=0.0.0.0" "--discriminator.scoring.http_port=8000") -}}
+{{- end -}}
+{{- concat $words .Values.run.overrides | toJson -}}
+{{- end -}}

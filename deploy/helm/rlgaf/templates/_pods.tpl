@@ -1,0 +1,285 @@
+{{- define "rlgaf.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.security.runAsUser }}
+runAsGroup: {{ .Values.security.runAsGroup }}
+fsGroup: {{ .Values.security.fsGroup }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "rlgaf.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: {{ .Values.security.readOnlyRootFilesystem }}
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Environment of every container with rlgaf in it. HOME is writable, so caches that live below it are too. */}}
+{{- define "rlgaf.env" -}}
+- name: HOME
+  value: /home/rlgaf
+- name: USER
+  value: rlgaf
+- name: HF_HOME
+  value: /cache/huggingface
+- name: TORCHINDUCTOR_CACHE_DIR
+  value: /home/rlgaf/.cache/torchinductor
+- name: TORCH_EXTENSIONS_DIR
+  value: /home/rlgaf/.cache/torch_extensions
+- name: TRITON_CACHE_DIR
+  value: /home/rlgaf/.cache/triton
+- name: VLLM_CACHE_ROOT
+  value: /home/rlgaf/.cache/vllm
+- name: RAY_JOB_STOP_WAIT_TIME_S
+  value: {{ .Values.stop.jobWaitSeconds | quote }}
+{{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) }}
+{{- $secret := index . 1 }}
+{{- if $secret.name }}
+- name: {{ index . 0 }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secret.name }}
+      key: {{ $secret.key }}
+{{- end }}
+{{- end }}
+{{- with .Values.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "rlgaf.mounts" -}}
+- name: tmp
+  mountPath: /tmp
+- name: home
+  mountPath: /home/rlgaf
+- name: runs
+  mountPath: /runs
+- name: cache
+  mountPath: /cache
+- name: scripts
+  mountPath: /etc/rlgaf/scripts
+  readOnly: true
+{{- if include "rlgaf.hasRun" . }}
+- name: run
+  mountPath: /etc/rlgaf/run
+  readOnly: true
+{{- end }}
+{{- if .Values.data.existingClaim }}
+- name: data
+  mountPath: /data
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "rlgaf.hasRun" -}}
+{{- if or .Values.run.config .Values.run.existingConfigMap }}yes{{ end -}}
+{{- end -}}
+
+{{/* Volumes of a pod; shmGiB of 0 leaves /dev/shm out. rlgaf.volumes (dict "root" . "shmGiB" 8) */}}
+{{- define "rlgaf.volumes" -}}
+{{- $v := .root.Values -}}
+- name: tmp
+  emptyDir:
+    sizeLimit: {{ $v.storage.scratch.tmp }}
+- name: home
+  emptyDir:
+    sizeLimit: {{ $v.storage.scratch.home }}
+- name: runs
+  persistentVolumeClaim:
+    claimName: {{ $v.storage.runs.existingClaim | default (printf "%s-runs" (include "rlgaf.fullname" .root)) }}
+- name: cache
+{{- if $v.storage.cache.enabled }}
+  persistentVolumeClaim:
+    claimName: {{ $v.storage.cache.existingClaim | default (printf "%s-cache" (include "rlgaf.fullname" .root)) }}
+{{- else }}
+  emptyDir: {}
+{{- end }}
+- name: scripts
+  configMap:
+    name: {{ include "rlgaf.fullname" .root }}-scripts
+{{- if include "rlgaf.hasRun" .root }}
+- name: run
+  projected:
+    sources:
+      - configMap:
+          name: {{ include "rlgaf.runConfigMap" .root }}
+          items:
+            - key: {{ $v.run.configKey }}
+              path: run.toml
+      - configMap:
+          name: {{ include "rlgaf.fullname" .root }}-scripts
+          items:
+            - key: overrides.json
+              path: overrides.json
+{{- end }}
+{{- if $v.data.existingClaim }}
+- name: data
+  persistentVolumeClaim:
+    claimName: {{ $v.data.existingClaim }}
+    readOnly: true
+{{- end }}
+{{- if .shmGiB }}
+- name: shared-mem
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ .shmGiB }}Gi
+{{- end }}
+{{- end -}}
+
+{{- define "rlgaf.initContainers" -}}
+{{- $root := .root -}}{{- $v := .root.Values -}}
+{{- $steps := list -}}
+{{- if and $v.data.prepare (eq .role "head") -}}
+{{- $steps = append $steps (dict "name" "prepare-data" "command" $v.data.prepare) -}}
+{{- end -}}
+{{- if $v.data.waitFor -}}
+{{- $steps = append $steps (dict "name" "wait-for-data" "command" (concat (list "sh" "/etc/rlgaf/scripts/wait_for_data.sh" (toString $v.data.waitTimeoutSeconds)) $v.data.waitFor)) -}}
+{{- end -}}
+{{- range $steps }}
+- name: {{ .name }}
+  image: {{ include "rlgaf.image" $root }}
+  imagePullPolicy: {{ $v.image.pullPolicy }}
+  command:
+    {{- toYaml .command | nindent 4 }}
+  workingDir: /runs
+  resources:
+    requests:
+      cpu: 500m
+      memory: 1Gi
+    limits:
+      cpu: "2"
+      memory: 4Gi
+  securityContext:
+    {{- include "rlgaf.containerSecurity" $root | nindent 4 }}
+  env:
+    {{- include "rlgaf.env" $root | nindent 4 }}
+  volumeMounts:
+    {{- include "rlgaf.mounts" $root | nindent 4 }}
+{{- end }}
+{{- end -}}
+
+{{/* A Ray pod: rlgaf.pod (dict "root" . "role" "head" "pod" .Values.head) */}}
+{{- define "rlgaf.pod" -}}
+{{- $root := .root -}}{{- $v := .root.Values -}}{{- $pod := .pod -}}{{- $head := eq .role "head" -}}
+metadata:
+  labels:
+    {{- include "rlgaf.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .role }}
+  {{- with $pod.annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ include (ternary "rlgaf.headServiceAccount" "rlgaf.serviceAccount" $head) $root }}
+  automountServiceAccountToken: {{ and $head $v.autoscaling.enabled }}
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ $v.stop.graceSeconds }}
+  securityContext:
+    {{- include "rlgaf.podSecurity" $root | nindent 4 }}
+  {{- with $v.image.pullSecrets }}
+  imagePullSecrets:
+    {{- range . }}
+    - name: {{ . }}
+    {{- end }}
+  {{- end }}
+  {{- if or $pod.priorityClassName $v.priorityClass.create }}
+  priorityClassName: {{ $pod.priorityClassName | default (include "rlgaf.fullname" $root) }}
+  {{- end }}
+  {{- if or $pod.nodeSelector $pod.gpuType }}
+  nodeSelector:
+    {{- with $pod.gpuType }}
+    {{ $pod.gpuTypeLabel }}: {{ . | quote }}
+    {{- end }}
+    {{- with $pod.nodeSelector }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- end }}
+  {{- with $pod.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $pod.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if $pod.topologySpreadConstraints }}
+  topologySpreadConstraints:
+    {{- range $pod.topologySpreadConstraints }}
+    {{- $constraint := deepCopy . }}
+    {{- if not $constraint.labelSelector }}
+    {{- $_ := set $constraint "labelSelector" (dict "matchLabels" (mustMerge (dict "app.kubernetes.io/component" $.role) (include "rlgaf.selector" $root | fromYaml))) }}
+    {{- end }}
+    - {{- toYaml $constraint | nindent 6 }}
+    {{- end }}
+  {{- end }}
+  {{- with include "rlgaf.initContainers" . }}
+  initContainers:
+    {{- . | trim | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: ray-{{ ternary "head" "worker" $head }}
+      image: {{ include "rlgaf.image" $root }}
+      imagePullPolicy: {{ $v.image.pullPolicy }}
+      workingDir: /runs
+      env:
+        {{- include "rlgaf.env" $root | nindent 8 }}
+      ports:
+        - name: metrics
+          containerPort: 8080
+        {{- if $head }}
+        - name: gcs-server
+          containerPort: 6379
+        - name: dashboard
+          containerPort: 8265
+        - name: client
+          containerPort: 10001
+        - name: serve
+          containerPort: 8000
+        {{- end }}
+      resources:
+        requests:
+          cpu: {{ $pod.cpus | quote }}
+          memory: {{ $pod.memory }}
+        limits:
+          cpu: {{ $pod.cpus | quote }}
+          memory: {{ $pod.memory }}
+          {{- if $pod.gpus }}
+          {{ $pod.gpuResource }}: {{ $pod.gpus | quote }}
+          {{- end }}
+      securityContext:
+        {{- include "rlgaf.containerSecurity" $root | nindent 8 }}
+      {{- $probe := dict "httpGet" (ternary (dict "path" "/api/gcs_healthz" "port" 8265) (dict "path" "/api/local_raylet_healthz" "port" 52365) $head) }}
+      startupProbe:
+        {{- toYaml $probe | nindent 8 }}
+        periodSeconds: 5
+        timeoutSeconds: 5
+        failureThreshold: 60
+      readinessProbe:
+        {{- toYaml $probe | nindent 8 }}
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: 6
+      livenessProbe:
+        {{- toYaml $probe | nindent 8 }}
+        periodSeconds: 15
+        timeoutSeconds: 10
+        failureThreshold: 12
+      lifecycle:
+        preStop:
+          exec:
+            command: [python, /etc/rlgaf/scripts/pre_stop.py, {{ ternary "head" "worker" $head }}, {{ $v.stop.jobWaitSeconds | quote }}]
+      volumeMounts:
+        {{- include "rlgaf.mounts" $root | nindent 8 }}
+        - name: shared-mem
+          mountPath: /dev/shm
+  volumes:
+    {{- include "rlgaf.volumes" (dict "root" $root "shmGiB" $pod.shmGiB) | nindent 4 }}
+{{- end -}}
+
+{{/* Parameters of `ray start` for a pod. Three quarters of /dev/shm hold Ray's objects; NCCL and workers use the rest. */}}
+{{- define "rlgaf.rayStartParams" -}}
+num-cpus: {{ .cpus | quote }}
+num-gpus: {{ .gpus | quote }}
+object-store-memory: {{ mul .shmGiB 805306368 | quote }}
+{{- end -}}

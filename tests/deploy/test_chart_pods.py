@@ -1,0 +1,229 @@
+"""What the pods may do, what they can write to, how they end, and what stays the same across upgrades."""
+
+import json
+
+import pytest
+import yaml
+from chart import (
+    CHART,
+    EXAMPLES,
+    SMALLEST,
+    Manifest,
+    cluster_spec,
+    groups,
+    one,
+    pod_templates,
+    ray_object,
+    render,
+)
+
+SERVE = (
+    *(
+        "--set",
+        "mode=RayService",
+        "--set",
+        "service.args.run=/runs/demo",
+        "--set",
+        "secrets.scoring.name=token",
+    ),
+    *("--set", "workers.cpu.replicas=1"),
+)
+FULL = next(path for path in EXAMPLES if path.stem == "64-gpus")
+
+
+@pytest.mark.parametrize(
+    "arguments", [SMALLEST, SERVE, ("-f", str(FULL))], ids=["RayJob", "RayService", "64 GPUs"]
+)
+def test_pods_are_restricted(arguments: tuple[str, ...]) -> None:
+    """The demands of the `restricted` Pod Security Standard, and a root file system that is read-only."""
+    templates = list(pod_templates(render(*arguments)))
+    assert {"head", "test"} <= {name for name, _ in templates}
+    for name, template in templates:
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["runAsUser"] == 1000
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        assert not any("hostPath" in volume for volume in spec["volumes"])
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {"requests", "limits"} <= set(container["resources"])
+            written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+            assert "/tmp" in written
+            environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+            for variable in ("HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT"):
+                where = environment.get(variable, "/tmp")
+                assert any(where == path or where.startswith(path + "/") for path in written), variable
+
+
+def test_secrets_come_by_reference_only() -> None:
+    manifests = render(*SERVE, "--set", "secrets.huggingFace.name=hf", "--set", "secrets.reward.name=reward")
+    assert all(manifest["kind"] != "Secret" for manifest in manifests)
+    for _, group in groups(manifests):
+        given = {
+            entry["name"]: entry["valueFrom"]["secretKeyRef"]
+            for entry in group["template"]["spec"]["containers"][0]["env"]
+            if "valueFrom" in entry
+        }
+        assert given == {
+            "HF_TOKEN": {"name": "hf", "key": "token"},
+            "RLGAF_SCORE_TOKEN": {"name": "token", "key": "token"},
+            "RLGAF_REWARD_TOKEN": {"name": "reward", "key": "token"},
+        }
+
+
+def test_own_pods_talk_on_all_ports_and_every_pod_is_covered() -> None:
+    manifests = render(*SMALLEST)
+    policy = one(manifests, "NetworkPolicy")["spec"]
+    selector = policy["podSelector"]["matchLabels"]
+    own = {"podSelector": {"matchLabels": selector}}
+    assert {"from": [own]} in policy["ingress"], "a rule without ports admits all"
+    assert {"to": [own]} in policy["egress"]
+    assert {"port": 53, "protocol": "UDP"} in [
+        port for rule in policy["egress"] for port in rule.get("ports", [])
+    ]
+    for name, template in pod_templates(manifests):
+        assert selector.items() <= template["metadata"]["labels"].items(), name
+
+
+def test_a_stopped_run_has_time_for_its_checkpoint() -> None:
+    arguments = (*SMALLEST, "--set", "stop.graceSeconds=1000", "--set", "stop.jobWaitSeconds=900")
+    for name, group in groups(render(*arguments)):
+        spec = group["template"]["spec"]
+        assert spec["terminationGracePeriodSeconds"] == 1000
+        (ray,) = spec["containers"]
+        assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "900"} in ray["env"]
+        hook = ray["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook[1:] == ["/etc/rlgaf/scripts/pre_stop.py", "head" if name == "head" else "worker", "900"]
+
+
+def test_data_is_prepared_once_and_waited_for_everywhere() -> None:
+    kind = next(path for path in EXAMPLES if path.stem == "kind-cpu")
+    steps = {
+        name: [step["name"] for step in group["template"]["spec"]["initContainers"]]
+        for name, group in groups(render("-f", str(kind)))
+    }
+    assert steps == {"head": ["prepare-data", "wait-for-data"], "cpu": ["wait-for-data"]}
+
+
+def test_the_autoscaler_alone_gets_rights() -> None:
+    manifests = render(*SMALLEST, "--set", "autoscaling.enabled=true", "--set", "workers.cpu.maxReplicas=3")
+    accounts = {
+        name: (
+            group["template"]["spec"]["serviceAccountName"],
+            group["template"]["spec"]["automountServiceAccountToken"],
+        )
+        for name, group in groups(manifests)
+    }
+    assert accounts == {"head": ("demo-rlgaf-head", True), "cpu": ("demo-rlgaf", False)}
+    spec = cluster_spec(manifests)
+    assert spec["enableInTreeAutoscaling"] is True
+    assert [(g["minReplicas"], g["maxReplicas"]) for g in spec["workerGroupSpecs"]] == [(1, 3)]
+    # 3 pods of 8 CPUs at most: what the entrypoint may ask the autoscaler for.
+    assert "--bring-up 0 24 1800" in ray_object(manifests)["spec"]["entrypoint"]
+    assert all(manifest["kind"] not in ("Role", "ClusterRole", "RoleBinding") for manifest in manifests)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "labels"),
+    [
+        ("volcano", {"ray.io/scheduler-name": "volcano", "volcano.sh/queue-name": "q"}),
+        ("yunikorn", {"ray.io/gang-scheduling-enabled": "true", "yunikorn.apache.org/queue": "q"}),
+        ("kueue", {"kueue.x-k8s.io/queue-name": "q"}),
+    ],
+)
+def test_gang_schedulers_are_told(scheduler: str, labels: dict[str, str]) -> None:
+    values = ("--set", f"gangScheduling.scheduler={scheduler}", "--set", "gangScheduling.queue=q")
+    assert labels.items() <= ray_object(render(*SMALLEST, *values))["metadata"]["labels"].items()
+
+
+def test_operator_kinds_appear_where_the_operator_is() -> None:
+    kinds = {"PodMonitor", "PrometheusRule"}
+    assert kinds <= {manifest["kind"] for manifest in render(*SMALLEST)}
+    without = {manifest["kind"] for manifest in render(*SMALLEST, apis=())}
+    assert not kinds & without
+    assert "PodDisruptionBudget" in without
+
+
+def test_a_service_says_what_it_serves() -> None:
+    service = ray_object(render(*SERVE))["spec"]
+    assert yaml.safe_load(service["serveConfigV2"]) == {
+        "applications": [
+            {
+                "name": "rlgaf-scoring",
+                "import_path": "services.serving:app",
+                "route_prefix": "/",
+                "args": {"run": "/runs/demo"},
+            }
+        ]
+    }
+
+
+def test_the_entrypoint_knows_the_runs_folder_and_the_scoring_endpoint() -> None:
+    http = (
+        "--set",
+        "scoring.http=true",
+        "--set",
+        "secrets.scoring.name=t",
+        "--set",
+        "run.overrides={--run.steps=7}",
+    )
+    scripts = next(m for m in render(*SMALLEST, *http) if m["metadata"]["name"].endswith("-scripts"))
+    assert json.loads(scripts["data"]["overrides.json"]) == [
+        "--run.output=/runs",
+        "--discriminator.scoring.http=true",
+        "--discriminator.scoring.http_host=0.0.0.0",
+        "--discriminator.scoring.http_port=8000",
+        "--run.steps=7",
+    ]
+
+
+def test_an_upgrade_and_its_rollback_keep_the_run() -> None:
+    """Another image, TOML and size: the same objects, hence changed in place; the volume is never touched."""
+
+    def kept(manifests: list[Manifest]) -> set[tuple[str, str]]:
+        return {(m["kind"], m["metadata"]["name"]) for m in manifests}
+
+    def claim(manifests: list[Manifest]) -> Manifest:
+        return one(manifests, "PersistentVolumeClaim")
+
+    first = render(*SMALLEST)
+    changes = (
+        "--set",
+        "image.tag=v2",
+        "--set",
+        'run.config=[policy]\nmodel = "n"',
+        "--set",
+        "workers.cpu.replicas=2",
+    )
+    for after in (render(*SMALLEST, *changes), render(*SMALLEST, "--is-upgrade")):
+        assert kept(after) == kept(first)
+        assert claim(after) == claim(first)
+    assert claim(first)["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    again = render(*SMALLEST, "--set", "job.attempt=2")
+    assert kept(again) ^ kept(first) == {("RayJob", "demo-rlgaf-1"), ("RayJob", "demo-rlgaf-2")}
+    assert claim(again) == claim(first)
+    for _, group in groups(again):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim(first)["metadata"]["name"]
+
+
+def test_names_stay_within_the_limits() -> None:
+    manifests = render(*SMALLEST, release="a" * 53)
+    assert len(ray_object(manifests)["metadata"]["name"]) <= 47
+    assert all(len(manifest["metadata"]["name"]) <= 63 for manifest in manifests)
+
+
+def test_the_chart_s_version_is_the_project_s() -> None:
+    import tomllib
+
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    project = tomllib.loads((CHART.parents[2] / "pyproject.toml").read_text())["project"]
+    assert chart["appVersion"] == project["version"]
+    pins = (CHART.parents[2] / "requirements" / "cpu.txt").read_text().splitlines()
+    assert f"ray=={yaml.safe_load((CHART / 'values.yaml').read_text())['rayVersion']}" in pins

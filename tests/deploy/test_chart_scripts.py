@@ -1,0 +1,122 @@
+"""The scripts that the chart mounts: resume or start, what an autoscaler is asked for, waiting, stopping."""
+
+import importlib.util
+import subprocess
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from chart import CHART
+
+from services.checkpoint import Checkpoints
+from services.config import Config
+from services.plan import resource_plan
+
+FILES = CHART / "files"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"chart_{name}", FILES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+start, pre_stop = script("start"), script("pre_stop")
+
+
+def config(folder: Path, **sections: dict[str, object]) -> Config:
+    run = {"name": "demo", "output": str(folder)}
+    given = {"run": run, "policy": {"model": "m"}, "data": {"demonstrations": "d"}} | sections
+    return Config.model_validate(given)
+
+
+def test_a_run_starts_and_is_resumed_once_it_has_a_checkpoint(tmp_path: Path) -> None:
+    settings, toml, overrides = config(tmp_path), Path("/etc/run.toml"), ["--run.steps=7"]
+    begun = ["rlgaf", "train", "/etc/run.toml", "--run.steps=7"]
+    assert start.command(settings, toml, overrides) == begun
+    checkpoints = Checkpoints(settings.folder / "checkpoints", 2)
+    checkpoints.begin(3)
+    assert start.command(settings, toml, overrides) == begun, "an unfinished checkpoint is none"
+    checkpoints.commit(3, {})
+    assert start.command(settings, toml, overrides) == [*begun, "--resume"]
+
+
+def test_only_a_folder_without_a_checkpoint_is_set_aside(tmp_path: Path) -> None:
+    folder = config(tmp_path).folder
+    assert start.set_aside(folder, 0.0) is None, "nothing there"
+    (folder / "ray").mkdir(parents=True)
+    assert start.set_aside(folder, 0.0) is None, "the run starts over what a failed start left"
+    (folder / "metrics.jsonl").write_text("{}\n")
+    moved = start.set_aside(folder, 0.0)
+    assert moved == tmp_path / "demo.no-checkpoint-19700101-000000"
+    assert (moved / "metrics.jsonl").read_text() == "{}\n"
+    assert not folder.exists()
+    checkpoints = Checkpoints(folder / "checkpoints", 2)
+    checkpoints.begin(3)
+    checkpoints.commit(3, {})
+    assert start.set_aside(folder, 0.0) is None, "it can be resumed"
+
+
+def test_the_autoscaler_is_asked_for_each_process_of_the_plan(tmp_path: Path) -> None:
+    sections = {"rollout": {"workers": 3, "tensor_parallel": 2}, "learner": {"ranks": 2}}
+    plan = resource_plan(config(tmp_path, **sections), gpus=16)
+    asked = start.bundles(plan)
+    assert sorted(bundle["GPU"] for bundle in asked) == [1, 1, 1, 1, 2, 2, 2]
+    assert sum(bundle["CPU"] for bundle in asked) == plan.cpus
+    on_cpu = start.bundles(resource_plan(config(tmp_path), gpus=0))
+    assert on_cpu == [{"CPU": 0.5}] * 4
+
+
+class Jobs:
+    """A head's job list in memory: a job that is asked to stop ends after `steps` more looks at it."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = {"a": steps, "b": steps}
+        self.asked: list[str] = []
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        for job in self.asked:
+            self.left[job] -= 1
+        jobs = [(job, self.left[job] <= 0) for job in self.left]
+        state = [SimpleNamespace(submission_id=job, status=_Status(ended)) for job, ended in jobs]
+        return [*state, SimpleNamespace(submission_id=None, status=_Status(False))]
+
+    def stop_job(self, job: str) -> None:
+        self.asked.append(job)
+
+
+class _Status:
+    def __init__(self, ended: bool) -> None:
+        self.ended = ended
+
+    def is_terminal(self) -> bool:
+        return self.ended
+
+
+def test_the_head_stops_each_job_once_and_waits_for_its_end() -> None:
+    jobs = Jobs(steps=2)
+    assert pre_stop.wait_for_jobs(jobs, time.monotonic() + 60, stop=True)
+    assert jobs.asked == ["a", "b"]
+    assert not pre_stop.running(jobs)
+
+
+def test_a_worker_waits_without_stopping_and_gives_up_in_time() -> None:
+    jobs = Jobs(steps=2)
+    assert not pre_stop.wait_for_jobs(jobs, time.monotonic(), stop=False)
+    assert jobs.asked == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_waiting_for_data(tmp_path: Path, there: bool) -> None:
+    wanted = tmp_path / "answers.jsonl"
+    if there:
+        wanted.write_text("{}")
+    done = subprocess.run(
+        ["sh", str(FILES / "wait_for_data.sh"), "0", str(wanted)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (0 if there else 1)
+    assert str(wanted) in (done.stdout if there else done.stderr)
