@@ -4,12 +4,14 @@ Tables arrive as object references; every rank gets whole tables and takes its s
 state goes into the object store, its reference and checksum into the version store.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from discriminator.config import DiscriminatorConfig
+from discriminator.exported import write_exported
 from discriminator.trainer import DiscriminatorTrainer
 from learner.memory import memory_mib
 
@@ -30,6 +32,8 @@ class DiscriminatorRank:
         seed: int,
     ) -> None:
         self.rank = rank
+        self.model = model
+        self.model_dtype = model_dtype
         self.versions = versions
         self.publish_timeout_s = publish_timeout_s
         self.trainer = DiscriminatorTrainer(config, model, model_dtype=model_dtype, seed=seed)
@@ -78,6 +82,12 @@ class DiscriminatorRank:
         """Continue from a checkpoint and publish its weights as `version`."""
         self.trainer.load(folder)
         self._publish(version)
+
+    def export(self, folder: str) -> None:
+        """Write the present weights as a folder that a scoring service can load; `discriminator.exported`."""
+        published = self.trainer.publish()
+        if published is not None:
+            write_exported(Path(folder), published, self.trainer.config, self.model, self.model_dtype)
 
     def memory(self) -> dict[str, float]:
         """Resident (and CUDA) memory of this rank in MiB."""

@@ -28,6 +28,7 @@ class Metric:
     name: str
     kind: Kind
     what: str
+    """Description; ASCII, or Ray refuses it."""
     key: str = ""
     series: Mapping[str, str] = field(default_factory=dict)
     setting: str = ""
@@ -268,7 +269,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rlgaf_alarms_total",
         "counter",
-        "Alarms raised, by name (mode_collapse, entropy_collapse, discriminator_saturated …)",
+        "Alarms raised, by name (mode_collapse, entropy_collapse, discriminator_saturated and the others)",
         live="the run's alarms",
         label="alarm",
     ),

@@ -272,6 +272,7 @@ class _Run:
                 self.display.note(f"stopped at step {self.controller.step}; go on with --resume")
                 return INTERRUPTED
             evaluation = await self.evaluator.finish(self.controller.step)
+            await self._export_discriminator()
             memory = await self.system.memory()
             await self.system.stop()
         self._report(evaluation, memory)
@@ -300,6 +301,12 @@ class _Run:
         self.display.note(
             f"{what}: {self.warm['steps']:.0f} steps, held-out accuracy {self.warm['accuracy']:.3f}"
         )
+
+    async def _export_discriminator(self) -> None:
+        from services.system import System
+
+        if isinstance(self.system, System):
+            await self.system.export_discriminator(self.config.folder / "discriminator")
 
     async def _after_step(self, step: int) -> None:
         run = self.config.run

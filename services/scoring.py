@@ -12,7 +12,7 @@ import asyncio
 import hmac
 import logging
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from fastapi import FastAPI, Header, HTTPException
@@ -48,19 +48,52 @@ class ScoreResponse(BaseModel):
     scores: list[float]
 
 
+class Versions(Protocol):
+    """Where a replica gets the versions it lacks."""
+
+    def fetch(self, version: int) -> tuple[str, Any]:
+        """Checksum and state (CPU tensors) of a version; blocks. Raises UnknownVersion."""
+
+    async def newest(self) -> int:
+        """The newest version there is. Raises when the source does not answer in time."""
+
+
+class PublishedVersions:
+    """The versions of a run in training, from its version store's actor."""
+
+    def __init__(self, store: Any, timeout_s: float) -> None:
+        self.store = store
+        self.timeout_s = timeout_s
+
+    def fetch(self, version: int) -> tuple[str, Any]:
+        """See `Versions`."""
+        checksum, payload = ray.get(self.store.fetch.remote(version), timeout=self.timeout_s)
+        return checksum, ray.get(payload[0], timeout=self.timeout_s)
+
+    async def newest(self) -> int:
+        """See `Versions`."""
+        newest: int = await asyncio.wait_for(self.store.newest.remote(), self.timeout_s)
+        return newest
+
+
 class _Replica:
-    """One scoring replica; `store` is the version store's actor."""
+    """One scoring replica."""
 
     def __init__(
-        self, config: DiscriminatorConfig, model: str, model_dtype: str, store: Any, threads: int, token: str
+        self,
+        config: DiscriminatorConfig,
+        model: str,
+        model_dtype: str,
+        versions: Versions,
+        threads: int,
+        token: str,
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.scorer = Scorer(config, model, model_dtype=model_dtype)
-        self.store = store
+        self.versions = versions
         self.token = token
-        self.timeout_s = config.scoring.timeout_s
         self._score_batch.set_max_batch_size(config.scoring.max_batch_groups)  # type: ignore[attr-defined]
         self._score_batch.set_batch_wait_timeout_s(config.scoring.batch_wait_s)  # type: ignore[attr-defined]
 
@@ -86,17 +119,13 @@ class _Replica:
     def _score(
         self, version: int, prompts: list[str], responses: list[list[tuple[str, bool]]]
     ) -> list[list[dict[str, Any]]]:
-        self.scorer.ensure(version, self._fetch)
+        self.scorer.ensure(version, self.versions.fetch)
         scored = self.scorer.score(version, prompts, responses)
         return [[{"scores": item.scores, "spans": item.spans} for item in group] for group in scored]
 
-    def _fetch(self, version: int) -> tuple[str, Any]:
-        checksum, payload = ray.get(self.store.fetch.remote(version), timeout=self.timeout_s)
-        return checksum, ray.get(payload[0], timeout=self.timeout_s)
-
     async def check_health(self) -> None:
-        """Serve's health probe: the version store must answer."""
-        await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
+        """Serve's health probe: the source of versions must answer."""
+        await self.versions.newest()
 
 
 @serve.deployment(name="scoring")
@@ -118,7 +147,7 @@ class HttpScoringReplica(_Replica):
             raise HTTPException(status_code=401, detail="missing or wrong bearer token")
         version = request.disc_version
         if version is None:
-            version = await self.store.newest.remote()
+            version = await self.versions.newest()
         try:
             scored = await self.score(
                 version, request.prompt, [(text, request.complete) for text in request.responses]
@@ -130,7 +159,32 @@ class HttpScoringReplica(_Replica):
     @HTTP.get("/v1/health")
     async def http_health(self) -> dict[str, Any]:
         """Newest version and liveness."""
-        return {"disc_version": await self.store.newest.remote()}
+        return {"disc_version": await self.versions.newest()}
+
+
+def scoring_app(
+    config: DiscriminatorConfig,
+    model: str,
+    model_dtype: str,
+    versions: Versions,
+    *,
+    threads: int,
+    use_gpu: bool,
+    token: str,
+) -> serve.Application:
+    """The deployment that `config.scoring` asks for, bound to its source of versions."""
+    scoring = config.scoring
+    replica: Any = HttpScoringReplica if scoring.http else ScoringReplica
+    bound: serve.Application = replica.options(
+        num_replicas=scoring.replicas,
+        max_ongoing_requests=4 * scoring.max_batch_groups,
+        ray_actor_options={
+            "num_cpus": scoring.cpus,
+            "num_gpus": 1 if use_gpu else 0,
+            "runtime_env": {"env_vars": KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)}},
+        },
+    ).bind(config, model, model_dtype, versions, threads, token)
+    return bound
 
 
 def deploy(
@@ -151,14 +205,13 @@ def deploy(
         http_options={"host": scoring.http_host, "port": scoring.http_port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    replica: Any = HttpScoringReplica if scoring.http else ScoringReplica
-    app = replica.options(
-        num_replicas=scoring.replicas,
-        max_ongoing_requests=4 * scoring.max_batch_groups,
-        ray_actor_options={
-            "num_cpus": scoring.cpus,
-            "num_gpus": 1 if use_gpu else 0,
-            "runtime_env": {"env_vars": KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)}},
-        },
-    ).bind(config, model, model_dtype, store, threads, os.environ.get(scoring.http_token, ""))
+    app = scoring_app(
+        config,
+        model,
+        model_dtype,
+        PublishedVersions(store, scoring.timeout_s),
+        threads=threads,
+        use_gpu=use_gpu,
+        token=os.environ.get(scoring.http_token, ""),
+    )
     return serve.run(app, name=name, route_prefix="/" if scoring.http else None)

@@ -262,6 +262,11 @@ class System(PolicySide):
         source = PromptSource(prompts, self.renderer.encode, each, self.config.run.seed + 2)
         return await self.generate(source.next(-(-count // each), 0), 0)
 
+    async def export_discriminator(self, folder: Path) -> None:
+        """Write the discriminator as a folder that `services.serving` can serve."""
+        timeout = self.config.discriminator.step_timeout_s
+        await self.discriminator.call("export", timeout_s=timeout, folder=str(folder))
+
     async def save(self, folder: Path) -> dict[str, Any]:
         """Write every process's state into `folder`; returns what belongs into the checkpoint's own state."""
         timeout = self.config.learner.step_timeout_s

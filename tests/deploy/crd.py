@@ -18,9 +18,10 @@ def strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     out = {key: strict(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "type" in schema:
-        if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
-            out["additionalProperties"] = False
+    listed = isinstance(schema.get("properties"), dict) and "type" in schema
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if listed and not open_ended:
+        out["additionalProperties"] = False
     return out
 
 

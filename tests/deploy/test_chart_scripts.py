@@ -9,7 +9,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from chart import CHART
 
-from services.checkpoint import Checkpoints
 from services.config import Config
 from services.plan import resource_plan
 
@@ -34,31 +33,9 @@ def config(folder: Path, **sections: dict[str, object]) -> Config:
     return Config.model_validate(given)
 
 
-def test_a_run_starts_and_is_resumed_once_it_has_a_checkpoint(tmp_path: Path) -> None:
-    settings, toml, overrides = config(tmp_path), Path("/etc/run.toml"), ["--run.steps=7"]
-    begun = ["rlgaf", "train", "/etc/run.toml", "--run.steps=7"]
-    assert start.command(settings, toml, overrides) == begun
-    checkpoints = Checkpoints(settings.folder / "checkpoints", 2)
-    checkpoints.begin(3)
-    assert start.command(settings, toml, overrides) == begun, "an unfinished checkpoint is none"
-    checkpoints.commit(3, {})
-    assert start.command(settings, toml, overrides) == [*begun, "--resume"]
-
-
-def test_only_a_folder_without_a_checkpoint_is_set_aside(tmp_path: Path) -> None:
-    folder = config(tmp_path).folder
-    assert start.set_aside(folder, 0.0) is None, "nothing there"
-    (folder / "ray").mkdir(parents=True)
-    assert start.set_aside(folder, 0.0) is None, "the run starts over what a failed start left"
-    (folder / "metrics.jsonl").write_text("{}\n")
-    moved = start.set_aside(folder, 0.0)
-    assert moved == tmp_path / "demo.no-checkpoint-19700101-000000"
-    assert (moved / "metrics.jsonl").read_text() == "{}\n"
-    assert not folder.exists()
-    checkpoints = Checkpoints(folder / "checkpoints", 2)
-    checkpoints.begin(3)
-    checkpoints.commit(3, {})
-    assert start.set_aside(folder, 0.0) is None, "it can be resumed"
+def test_the_run_is_started_so_that_it_goes_on_by_itself() -> None:
+    line = start.command(Path("/etc/run.toml"), ["--run.steps=7"])
+    assert line == ["rlgaf", "train", "/etc/run.toml", "--run.steps=7", "--auto-resume"]
 
 
 def test_the_autoscaler_is_asked_for_each_process_of_the_plan(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """A run with two of everything: learner ranks under ZeRO-2 with LoRA, discriminator ranks, rollout workers of
-which one is killed, scoring replicas.
+which one is killed, scoring replicas. The policy gradient is mixed with a Gumbel-Softmax update.
 """
 
 import signal
@@ -21,6 +21,8 @@ TWO_OF_EVERYTHING = {
     "learner.cpus_per_rank": "0.2",
     "learner.zero_stage": "2",
     "learner.lora.rank": "4",
+    "learner.gumbel.weight": "0.1",
+    "learner.gumbel.samples": "2",
     "discriminator.ranks": "2",
     "discriminator.cpus_per_rank": "0.2",
     "discriminator.zero_stage": "2",
@@ -64,3 +66,12 @@ def test_merged_adapters_reach_every_worker(scaled):
     """The old workers and the new one sample from the weights that the learner holds."""
     assert all(0 <= row["policy/mismatch_max"] < 1e-4 for row in scaled.rows)
     assert all(row["policy/kl"] > 0 for row in scaled.rows[1:]), "the policy never moved"
+
+
+def test_both_gradients_reach_the_policy(scaled):
+    """The learner's ranks fetched the version that scored the batch and judged samples of their own by it."""
+    for row in scaled.rows:
+        assert 0 <= row["policy/gumbel_masked"] < 1, "every sample was masked"
+        assert 0 < row["policy/gumbel_grad_share"] < 1
+        assert row["policy/gumbel_tokens"] > 0
+    assert scaled.rows[-1]["policy/gumbel_tau"] <= scaled.rows[0]["policy/gumbel_tau"]

@@ -17,10 +17,14 @@ import torch
 from ray import serve
 
 from discriminator.config import DiscriminatorConfig, ScoringConfig
+from discriminator.exported import write_exported
 from discriminator.model import load_discriminator
 from discriminator.scorer import Scorer
+from discriminator.trainer import Published
 from discriminator.versions import VersionStore, state_checksum
+from services.config import ConfigError
 from services.scoring import deploy
+from services.serving import Arguments, app
 
 pytestmark = pytest.mark.e2e
 
@@ -109,9 +113,45 @@ def test_http_needs_the_token_and_gives_the_same_scores(service: Any, tiny_model
     assert post({"prompt": "x", "responses": []}, TOKEN)[0] == 422
 
 
-def post(body: dict[str, Any], token: str) -> tuple[int, dict[str, Any]]:
+@pytest.fixture
+def served(ray_cluster: None, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> Iterator[Any]:
+    """What a finished run leaves, served by itself; its scores by another path."""
+    config = DiscriminatorConfig(scoring=ScoringConfig(http_token="RLGAF_TEST_TOKEN", cpus=0.5), device="cpu")
+    state = state_of(config, str(tiny_model), 0.05)
+    published = Published(4, state, state_checksum(state))
+    write_exported(tmp_path / "discriminator", published, config, str(tiny_model), "float32")
+    monkeypatch.setenv("RLGAF_TEST_TOKEN", TOKEN)
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT + 1})
+    serve.run(app(Arguments(run=tmp_path)), name="served-test", route_prefix="/")
+    yield [scores[-1] for scores in local_scores(config, tiny_model, {4: state}, 4)[:2]]
+    serve.shutdown()
+
+
+def test_a_finished_runs_discriminator_is_served_by_itself(served: Any) -> None:
+    body = {"prompt": "say cat: ", "responses": [text for text, _ in GROUP[:2]]}
+    assert post(body, "wrong", PORT + 1)[0] == 401
+    status, answer = post(body, TOKEN, PORT + 1)
+    assert status == 200
+    assert answer["disc_version"] == 4
+    np.testing.assert_allclose(answer["scores"], served, atol=1e-4)
+    assert post({**body, "disc_version": 3}, TOKEN, PORT + 1)[0] == 404
+
+
+def test_serving_says_what_is_missing(tmp_path: Path, tiny_model: Path, monkeypatch: Any) -> None:
+    with pytest.raises(ConfigError, match=r"holds no discriminator\.json"):
+        app(Arguments(run=tmp_path))
+    config = DiscriminatorConfig(scoring=ScoringConfig(http_token="RLGAF_NO_TOKEN"))
+    state = state_of(config, str(tiny_model), 0.0)
+    published = Published(0, state, state_checksum(state))
+    write_exported(tmp_path / "discriminator", published, config, str(tiny_model), "float32")
+    monkeypatch.delenv("RLGAF_NO_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="set the variable RLGAF_NO_TOKEN"):
+        app(Arguments(run=tmp_path))
+
+
+def post(body: dict[str, Any], token: str, port: int = PORT) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(
-        f"http://127.0.0.1:{PORT}/v1/score",
+        f"http://127.0.0.1:{port}/v1/score",
         data=json.dumps(body).encode(),
         headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
     )

@@ -1,11 +1,9 @@
-"""Entrypoint of the job: start the run, or go on with it where it has a finished checkpoint.
+"""Entrypoint of the job: `rlgaf train --auto-resume`, which starts the run or goes on with it.
 
-Started again after a failure, a preemption or by hand, it does the right thing: with a checkpoint it adds
-`--resume`; a folder that an earlier attempt left without any checkpoint is renamed, not deleted, because the
-run would refuse to overwrite it. With an autoscaler it first asks for the machines the plan needs and waits
-for them, because `rlgaf train` refuses a plan larger than the cluster it finds.
+With an autoscaler it first asks for the machines the plan needs and waits for them, because `rlgaf train`
+refuses a plan larger than the cluster it finds.
 
-    start.py CONFIG.toml OVERRIDES.json [--set-aside] [--bring-up GPUS CPUS SECONDS]
+    start.py CONFIG.toml OVERRIDES.json [--bring-up GPUS CPUS SECONDS]
 """
 
 import argparse
@@ -15,26 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from services.checkpoint import Checkpoints
-from services.config import Config, ConfigError, load
+from services.config import ConfigError, load
 from services.plan import ResourcePlan, resource_plan
-from services.run import LEFT_BY_A_FAILED_START
 
 
-def command(config: Config, toml: Path, overrides: list[str]) -> list[str]:
-    """The `rlgaf train` line for this run, with `--resume` when there is a finished checkpoint."""
-    newest = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints).newest()
-    return ["rlgaf", "train", str(toml), *overrides, *(["--resume"] if newest else [])]
-
-
-def set_aside(folder: Path, now: float) -> Path | None:
-    """Rename a run folder that holds no finished checkpoint; None when there is nothing to rename."""
-    if not folder.exists() or Checkpoints(folder / "checkpoints", 1).newest() is not None:
-        return None
-    if {path.name for path in folder.iterdir()} <= LEFT_BY_A_FAILED_START:
-        return None
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
-    return folder.rename(folder.with_name(f"{folder.name}.no-checkpoint-{stamp}"))
+def command(toml: Path, overrides: list[str]) -> list[str]:
+    """The `rlgaf train` line."""
+    return ["rlgaf", "train", str(toml), *overrides, "--auto-resume"]
 
 
 def bundles(plan: ResourcePlan) -> list[dict[str, float]]:
@@ -82,7 +67,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", type=Path)
-    parser.add_argument("--set-aside", action="store_true")
     parser.add_argument("--bring-up", nargs=3, type=float, metavar=("GPUS", "CPUS", "SECONDS"))
     arguments = parser.parse_args()
     overrides = json.loads(arguments.overrides.read_text())
@@ -95,9 +79,7 @@ def main() -> None:
             bring_up(plan, seconds)
     except ConfigError as error:
         sys.exit("\n".join(f"rlgaf: {line}" for line in str(error).splitlines()))
-    if arguments.set_aside and (moved := set_aside(config.folder, time.time())):
-        print(f"an earlier attempt left no checkpoint; its folder is now {moved}", flush=True)
-    line = command(config, arguments.config, overrides)
+    line = command(arguments.config, overrides)
     print(" ".join(line), flush=True)
     os.execvp(line[0], line)
 

@@ -1,7 +1,6 @@
 {{/* What the job runs. In mode RayCluster NOTES.txt prints it for `ray job submit`. */}}
 {{- define "rlgaf.entrypoint" -}}
 python /etc/rlgaf/scripts/start.py /etc/rlgaf/run/run.toml /etc/rlgaf/run/overrides.json
-{{- if .Values.run.setAsideUnfinished }} --set-aside{{ end }}
 {{- if .Values.autoscaling.enabled }} --bring-up {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}{{ end }}
 {{- end -}}
 

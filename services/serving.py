@@ -1,0 +1,84 @@
+"""A finished run's discriminator as a scoring endpoint of its own: `POST /v1/score` behind a bearer token.
+
+    RLGAF_SCORE_TOKEN=... serve run services.serving:app run=/shared/runs/NAME
+
+The same replicas as in training answer, with the one version that the run ended with.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from ray import serve
+
+from discriminator.exported import exported_state, read_exported
+from discriminator.versions import UnknownVersion
+from services.config import ConfigError
+from services.scoring import scoring_app
+
+
+class Arguments(BaseModel):
+    """Arguments of `app`; what is left out is as the run was configured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: Path
+    """The run's folder, on a path that every node sees."""
+    model: str = ""
+    """Hub name or folder of the body, where it is not what the run called it."""
+    replicas: PositiveInt | None = None
+    """Replicas."""
+    cpus: float | None = None
+    """Logical CPUs per replica; whole ones are its threads."""
+    gpu: bool = False
+    """Give each replica a GPU."""
+
+
+class ExportedVersion:
+    """The one version in a folder that a run left (see `services.scoring.Versions`)."""
+
+    def __init__(self, folder: Path, version: int, checksum: str) -> None:
+        self.folder = folder
+        self.version = version
+        self.checksum = checksum
+
+    def fetch(self, version: int) -> tuple[str, Any]:
+        """Checksum and state. Raises UnknownVersion for any other version."""
+        if version != self.version:
+            raise UnknownVersion(f"{self.folder} holds version {self.version}")
+        return self.checksum, exported_state(self.folder)
+
+    async def newest(self) -> int:
+        """The version there is."""
+        return self.version
+
+
+def app(args: Arguments) -> serve.Application:
+    """The application, for `serve run` and for a Serve configuration file.
+
+    Raises:
+        ConfigError: no token is set, or the run has no discriminator to serve.
+    """
+    folder = args.run / "discriminator"
+    try:
+        exported = read_exported(folder)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
+    variable = exported.config.scoring.http_token
+    token = os.environ.get(variable, "")
+    if not token:
+        raise ConfigError(f"set the variable {variable}: requests must bring it as their bearer token")
+    given = {"replicas": args.replicas, "cpus": args.cpus}
+    scoring = exported.config.scoring.model_copy(
+        update={"http": True} | {name: value for name, value in given.items() if value is not None}
+    )
+    return scoring_app(
+        exported.config.model_copy(update={"scoring": scoring, "device": "cuda" if args.gpu else "cpu"}),
+        args.model or exported.model,
+        exported.model_dtype,
+        ExportedVersion(folder, exported.version, exported.checksum),
+        threads=max(1, int(scoring.cpus)),
+        use_gpu=args.gpu,
+        token=token,
+    )

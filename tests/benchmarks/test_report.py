@@ -1,0 +1,106 @@
+"""Tables and figures from raw results; what is written by hand stays."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from benchmarks.known_modes import planning, store
+from benchmarks.known_modes.cells import Cell, Grid
+from benchmarks.known_modes.figures import by_number, chart, over_steps
+from benchmarks.known_modes.reporting import BEGIN, END, write_report
+from benchmarks.known_modes.tables import alarm_step, copy_ratio, lost_step, results_table, spread
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(tv: float, **more: object) -> dict:
+    row = {
+        "c2st": 0.5 + tv,
+        "mode_tv": tv,
+        "modes_kept": 8.0,
+        "nll_gap": 0.1,
+        "valid": 1.0,
+        "sentence_copy_rate": 0.3,
+        "natural_copy_rate": 0.25,
+    }
+    steps = [{"step": s, "mode_tv": tv + s / 10, "gone": g} for s, g in ((1, 0), (2, 1), (3, 0), (4, 2))]
+    return {
+        "test": {"best": row, "last": {**row, "mode_tv": 2 * tv}},
+        "best_step": 3,
+        "steps": steps,
+        "curve": [],
+        "alarms": [{"step": 9, "name": "mode_collapse"}, {"step": 2, "name": "copying"}],
+        "seconds": {"wall": 10.0},
+        "tokens": {"rollout_tokens": 1_500_000},
+        **more,
+    }
+
+
+def test_spread_is_mean_and_range() -> None:
+    assert spread([0.1, 0.2, 0.6], 2) == "0.30 (0.10 to 0.60)"
+    assert spread([0.25], 2) == "0.25"
+    assert spread([8, 8, 8], 0) == "8"
+    assert spread([7, 8, 8], 0) == "7.7 (7 to 8)"
+    assert spread([None, 4.0, 2.0], 0) == "3.0 (2 to 4) [2 of 3]"
+    assert spread([None], 2) == "-"
+
+
+def test_lines_of_a_table() -> None:
+    table = results_table([("one", [result(0.1), result(0.3)]), ("none", [])])
+    head, _, line = table.splitlines()
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert cells["C2ST"] == "0.700 (0.600 to 0.800)"
+    assert cells["runs"] == "2"
+    assert cells["mode TV, last step |"] == "0.400 (0.200 to 0.600) |"
+    assert copy_ratio(result(0.1)) == pytest.approx(1.2)
+    assert copy_ratio({"failed": "gradient"}) is None
+
+
+def test_when_modes_are_lost_for_good_and_when_the_alarm_came() -> None:
+    assert lost_step(result(0.1)) == 4  # the mode gone at step 2 came back
+    assert lost_step(result(0.1, steps=[])) is None
+    assert alarm_step("mode_collapse")(result(0.1)) == 9
+    assert alarm_step("cycling")(result(0.1)) is None
+
+
+def test_figures_hold_the_range_of_the_seeds() -> None:
+    assert over_steps([result(0.1), result(0.3)], "mode_tv")[1] == pytest.approx((2, 0.3, 0.4, 0.5))
+    shorter = result(0.2, steps=[{"step": 1, "mode_tv": 0.0}])
+    assert [point[0] for point in over_steps([result(0.1), shorter], "mode_tv")] == [1]
+    one, two = (result(0.1, method="sft", demonstrations=n) for n in (32, 128))
+    assert by_number([two, one], copy_ratio)["sft"][0] == pytest.approx((5.0, 1.2, 1.2, 1.2))
+    lines = {"a": over_steps([result(0.1)], "mode_tv"), "b": over_steps([result(0.3)], "mode_tv"), "c": []}
+    drawn = ElementTree.fromstring(chart({"first <": lines, "second": lines}))
+    assert len(drawn.findall("{*}polyline")) == 4
+    with pytest.raises(ValueError, match="nothing to draw"):
+        chart({"empty": {"a": []}})
+
+
+def test_the_report_replaces_its_own_part_only(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    grid = Grid("default", "Does it?", (Cell("ref", kind="reference"), Cell("rlgaf")), seeds=(0, 1))
+    out, results = tmp_path / "docs" / "results.md", tmp_path / "raw"
+    out.parent.mkdir()
+    out.write_text(f"# By hand\n{BEGIN}\nold\n{END}\nalso by hand\n")
+    assert write_report([grid], assets, results, out) == ["no results yet"]
+    facts = planning.bases(grid, assets)
+    for task, tv in zip(planning.finals(grid, facts, results), (0.1, 0.3), strict=False):
+        store.write(results / task.file(facts["known-modes"]), result(tv))
+    reference = planning.finals(grid, facts, results)[0]
+    both = {"test": {"base": result(0.7)["test"]["best"], "human": result(0.0)["test"]["best"]}}
+    store.write(results / reference.file(facts["known-modes"]), both)
+    for _ in range(2):
+        write_report([grid], assets, results, out)
+    text = out.read_text()
+    assert text.startswith("# By hand\n")
+    assert text.endswith(f"{END}\nalso by hand\n")
+    assert "old" not in text
+    assert text.count("### default: Does it?") == 1
+    assert "| fresh demonstrations | 1 | 0.500 |" in text
+    assert (tmp_path / "docs" / "figures" / "default.svg").is_file()
+    out.write_text("nothing")
+    with pytest.raises(ValueError, match="needs, once"):
+        write_report([grid], assets, results, out)
