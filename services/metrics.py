@@ -2,7 +2,7 @@
 
 `metrics.jsonl` holds one strict-JSON object per step, steps strictly increasing, written in one call and
 flushed: a kill can cut the last line only, and `truncate_after` drops it. What is not finite is null there
-(JSON has no NaN); `services.alarms` looks at the rows before that.
+(JSON has no NaN); `services.watching.alarms` looks at the rows before that.
 """
 
 import json

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from services.alarms import CHECKS, Alarm
 from services.config import Config
 from services.metric_names import METRICS, Metric
 from services.metrics import Row
+from services.watching.alarms import CHECKS, Alarm
 
 PROBE_EVERY_S = 15.0
 PROBE_DEADLINE_S = 30.0

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services.alarms import Alarm
 from services.evaluation.evaluate import KEYS
 from services.metrics import strict
+from services.watching.alarms import Alarm
 
 ROWS = ("base", "best", "last", "human")
 Evaluation = Mapping[str, Mapping[str, Any]]

@@ -17,7 +17,6 @@ from rich.console import Console
 from rollout.data import DataSplits, load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
-from services.alarms import AlarmBounds, Alarms
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
@@ -26,13 +25,14 @@ from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
 from services.ray_metrics import RunMetrics
 from services.report import make_console
+from services.watching.alarms import AlarmBounds, Alarms
 
 if TYPE_CHECKING:
     from services.controller import Controller
-    from services.supervised import SupervisedController
-    from services.supervised_system import SupervisedSystem
+    from services.supervised.controller import SupervisedController
+    from services.supervised.system import SupervisedSystem
     from services.system import System
-    from services.watch import Watch
+    from services.watching.watch import Watch
 
 INTERRUPTED = 130
 FAILED = 1
@@ -203,10 +203,10 @@ class _Run:
     ) -> "tuple[System | SupervisedSystem, Controller | SupervisedController, Watch]":
         """Processes, loop and watch of the run's method."""
         from services.controller import Controller
-        from services.supervised import SupervisedController
-        from services.supervised_system import SupervisedSystem, SupervisedWatch
+        from services.supervised.controller import SupervisedController
+        from services.supervised.system import SupervisedSystem, SupervisedWatch
         from services.system import System
-        from services.watch import Watch
+        from services.watching.watch import Watch
 
         if self.config.run.method == "sft":
             trained = SupervisedSystem(self.config, plan, splits, renderer)
@@ -218,7 +218,7 @@ class _Run:
 
     async def main(self) -> int:
         """Start, train, report; every way out ends the processes."""
-        from services.auditor import ShortcutRefusal
+        from services.watching.auditor import ShortcutRefusal
 
         loop = asyncio.get_running_loop()
         work = asyncio.ensure_future(self._work())

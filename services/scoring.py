@@ -55,7 +55,10 @@ class Versions(Protocol):
         """Checksum and state (CPU tensors) of a version; blocks. Raises UnknownVersion."""
 
     async def newest(self) -> int:
-        """The newest version there is. Raises when the source does not answer in time."""
+        """The newest version there is. Raises UnknownVersion before the first."""
+
+    async def alive(self) -> None:
+        """Raises when the source does not answer in time; it may have no version yet."""
 
 
 class PublishedVersions:
@@ -74,6 +77,10 @@ class PublishedVersions:
         """See `Versions`."""
         newest: int = await asyncio.wait_for(self.store.newest.remote(), self.timeout_s)
         return newest
+
+    async def alive(self) -> None:
+        """See `Versions`."""
+        await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
 
 
 class _Replica:
@@ -125,7 +132,7 @@ class _Replica:
 
     async def check_health(self) -> None:
         """Serve's health probe: the source of versions must answer."""
-        await self.versions.newest()
+        await self.versions.alive()
 
 
 @serve.deployment(name="scoring")

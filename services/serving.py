@@ -53,6 +53,9 @@ class ExportedVersion:
         """The version there is."""
         return self.version
 
+    async def alive(self) -> None:
+        """A folder asks nobody."""
+
 
 def app(args: Arguments) -> serve.Application:
     """The application, for `serve run` and for a Serve configuration file.

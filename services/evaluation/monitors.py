@@ -1,7 +1,7 @@
 """Signs that a policy collapses, repeats itself, copies, or that the discriminator goes in circles.
 
-Pure functions of texts, labels, vectors and score arrays; `services.alarms` judges what they return (under
-"monitor/..."). Numbers are finite whatever comes in, and those that depend on how many texts there are
+Pure functions of texts, labels, vectors and score arrays; `services.watching.alarms` judges what they return
+(under "monitor/..."). Numbers are finite whatever comes in; those that depend on how many texts there are
 compare equal counts of human and model answers.
 """
 

@@ -10,8 +10,8 @@ import yaml
 from chart import CHART
 from fetched_tools import promtool
 
-from services.alarms import CHECKS
 from services.metric_names import METRICS
+from services.watching.alarms import CHECKS
 
 RULES = CHART / "files" / "rules.yaml"
 CASES = Path(__file__).parent / "alert_cases.yaml"

@@ -114,8 +114,9 @@ def test_http_needs_the_token_and_gives_the_same_scores(service: Any, tiny_model
 
 
 @pytest.fixture
-def served(ray_cluster: None, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> Iterator[Any]:
-    """What a finished run leaves, served by itself; its scores by another path."""
+def served(service: Any, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> list[float]:
+    """What a finished run leaves, served by itself in place of `service`; its scores by another path."""
+    serve.shutdown()
     config = DiscriminatorConfig(scoring=ScoringConfig(http_token="RLGAF_TEST_TOKEN", cpus=0.5), device="cpu")
     state = state_of(config, str(tiny_model), 0.05)
     published = Published(4, state, state_checksum(state))
@@ -123,8 +124,7 @@ def served(ray_cluster: None, tiny_model: Path, tmp_path: Path, monkeypatch: Any
     monkeypatch.setenv("RLGAF_TEST_TOKEN", TOKEN)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT + 1})
     serve.run(app(Arguments(run=tmp_path)), name="served-test", route_prefix="/")
-    yield [scores[-1] for scores in local_scores(config, tiny_model, {4: state}, 4)[:2]]
-    serve.shutdown()
+    return [float(scores[-1]) for scores in local_scores(config, tiny_model, {4: state}, 4)[:2]]
 
 
 def test_a_finished_runs_discriminator_is_served_by_itself(served: Any) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from services.alarms import AlarmBounds, Alarms
+from services.watching.alarms import AlarmBounds, Alarms
 
 HEALTHY = {
     "monitor/mode_share": 0.95,

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from services import assets
-from services.assets import ASSETS, Asset, AssetError, fetch
-from services.assets_debian import synopsis_pairs
-from services.assets_models import write_glassllm
-from services.assets_registry import unpack_wheel
+from services.assets.catalogue import ASSETS, Asset, AssetError, fetch
+from services.assets.debian import synopsis_pairs
+from services.assets.models import write_glassllm
+from services.assets.registry import Say, unpack_wheel
 
 
 def quiet(line: str) -> None:
@@ -37,7 +36,7 @@ def test_an_asset_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.Mon
     fetch("wordnet-examples", tmp_path, said.append)
     assert "already there" in said[-1]
 
-    def breaks(target: Path, say: assets.Say) -> None:
+    def breaks(target: Path, say: Say) -> None:
         target.write_text("half")
         raise AssetError("cut off")
 
@@ -50,7 +49,7 @@ def test_an_asset_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unreachable_hub_is_named_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def local(target: Path, say: assets.Say) -> None:
+    def local(target: Path, say: Say) -> None:
         target.mkdir()
 
     said: list[str] = []

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from discriminator.audit_config import AuditConfig
 from discriminator.canonical import Canonicaliser
 from discriminator.config import CanonicalConfig
-from services.auditor import Auditor, ShortcutRefusal
+from services.watching.auditor import Auditor, ShortcutRefusal
 
 WORDS = ["the", "cat", "sat", "mat", "and", "dog", "lay", "by", "a", "small", "tool", "reads", "mail", "news"]
 CONFIG = AuditConfig(base_samples=80, absent_from=80)

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services import cluster
-from services.cluster import LocalCluster, Ports, known, up
 from services.config import ConfigError
+from services.jobs import cluster
+from services.jobs.cluster import LocalCluster, Ports, known, up
 
 
 @pytest.fixture(autouse=True)

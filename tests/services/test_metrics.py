@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.alarms import CHECKS, AlarmBounds, Alarms
 from services.metrics import MetricsLog, PhaseTimer, flatten, process_memory, read_metrics, strict
+from services.watching.alarms import CHECKS, AlarmBounds, Alarms
 
 
 def refuse_constant(name: str) -> None:

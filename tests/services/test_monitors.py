@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from services.evaluation import monitors
 from services.evaluation.config import EvaluationConfig
-from services.probe_scores import ProbeScores
+from services.watching.probe_scores import ProbeScores
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ru", "te", "va") for b in ("n", "s", "rt", "ll", "x", "d")]
 EXPERT = [0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05]

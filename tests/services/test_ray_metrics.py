@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from services.alarms import CHECKS, Alarm
 from services.config import load
 from services.metric_names import METRICS, PREFIX, markdown
 from services.ray_metrics import RunMetrics, alarm_samples, row_samples, setting_samples, zeros
+from services.watching.alarms import CHECKS, Alarm
 
 ROWS = Path(__file__).parent / "metrics-rows.jsonl"
 """Two steps of a run of the tiny model: before the second one was an evaluation, and in it the discriminator

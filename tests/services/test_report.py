@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from services.alarms import Alarm
 from services.display import Display, clock_time, step_line
 from services.evaluation.evaluate import KEYS
 from services.report import (
@@ -24,6 +23,7 @@ from services.report import (
     write_samples,
     write_summary,
 )
+from services.watching.alarms import Alarm
 
 
 def row(c2st: float, half: float = 0.03) -> dict[str, float]:

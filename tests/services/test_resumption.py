@@ -4,7 +4,7 @@ from pathlib import Path
 
 from services.checkpoint import Checkpoints
 from services.config import Config, load
-from services.resumption import goes_on, set_aside
+from services.jobs.resumption import goes_on, set_aside
 
 NOON = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from services.config import ConfigError, load
-from services.job_client import JobClient, JobEnd
-from services.submit import RUN_KEY, Submission, _ended, _Log, prepare
-from services.working_dir import carried, check_paths
+from services.jobs.client import JobClient, JobEnd
+from services.jobs.submit import RUN_KEY, Submission, _ended, _Log, prepare
+from services.jobs.working_dir import carried, check_paths
 
 ADDRESS = "http://127.0.0.1:8265"
 
@@ -225,7 +225,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
 
 
 def test_a_server_that_accepts_and_says_nothing_has_a_deadline(monkeypatch):
-    monkeypatch.setattr("services.job_client.REQUEST_S", 0.5)
+    monkeypatch.setattr("services.jobs.client.REQUEST_S", 0.5)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(ConfigError, match="does not answer"),

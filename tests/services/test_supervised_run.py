@@ -14,7 +14,7 @@ from rollout.data import load_data
 from rollout.templates import Renderer, load_tokenizer
 from services.answers import human_answers
 from services.config import Config, load
-from services.supervised import SupervisedController, examples_of
+from services.supervised.controller import SupervisedController, examples_of
 
 
 def configuration(model: Path, demonstrations: Path, **fields: Any) -> Config:

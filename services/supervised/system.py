@@ -12,7 +12,7 @@ import ray
 
 from services.config import Config
 from services.policy_side import PolicySide
-from services.watch import Watch
+from services.watching.watch import Watch
 
 POLICY_GRADIENT_OFF: dict[str, Any] = {
     "kl_coef": 0.0, "kl_target": None, "advantage": "return", "baseline": "batch"
@@ -21,7 +21,7 @@ POLICY_GRADIENT_OFF: dict[str, Any] = {
 
 
 class SupervisedSystem(PolicySide):
-    """Behind the words of `services.supervised.SupervisedController` and of the evaluator."""
+    """Behind the words of `services.supervised.controller.SupervisedController` and of the evaluator."""
 
     async def start(self, say: Callable[[str], None]) -> None:
         """Bring everything up; `say` is told what is being waited for."""

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.assets_registry import AssetError, Say
+from services.assets.registry import AssetError, Say
 
 _READER = "/usr/lib/apt/apt-helper"
 _BOILERPLATE = re.compile(

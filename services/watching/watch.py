@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from discriminator.model import load_canonicaliser
-from services.auditor import Auditor
 from services.config import Config
 from services.evaluator import Evaluator
-from services.probe_scores import ProbeScores
 from services.system import System
+from services.watching.auditor import Auditor
+from services.watching.probe_scores import ProbeScores
 
 
 class Watch:

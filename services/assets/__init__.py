@@ -1,0 +1,1 @@
+"""Example models and data: what there is and where it comes from."""

@@ -1,0 +1,1 @@
+"""The baseline `sft`: its loop and its processes."""
