@@ -89,12 +89,15 @@ def main(
     form: Annotated[
         Literal["plain", "merged"], typer.Option(help="merged: a text has two spellings in tokens")
     ] = "plain",
+    split: Annotated[
+        float, typer.Option(min=0, max=1, help="Form merged: share of pairs that the base spells apart")
+    ] = BaseTraining.split,
     seed: Annotated[int, typer.Option(min=0, help="Seed of base and demonstrations")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the base")] = BaseTraining.steps,
 ) -> None:
     """Train the tiny base policy and write the demonstrations."""
     out.mkdir(parents=True, exist_ok=True)
-    make_base(out, BaseTraining(form=form, seed=seed, steps=steps))
+    make_base(out, BaseTraining(form=form, split=split, seed=seed, steps=steps))
     path = out / "demonstrations.jsonl"
     sizes = dict(zip(SPLITS, (demonstrations, heldout, selection, test), strict=True))
     write_demonstrations(path, sizes, source, seed, load(CONFIG).data)

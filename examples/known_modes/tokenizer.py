@@ -45,10 +45,13 @@ def merged(c: int, d: int) -> int:
     return VOCABULARY + FAMILY_SIZE * (c - _C) + (d - _D)
 
 
-def spell(sentence: Sentence, form: Form, rng: np.random.Generator | None = None) -> list[int]:
-    """Token ids of a sentence with its end token; each pair that could be merged is with probability ½.
+def spell(
+    sentence: Sentence, form: Form, rng: np.random.Generator | None = None, split: float = 0.5
+) -> list[int]:
+    """Token ids of a sentence with its end token; a pair that could be merged stays two tokens with
+    probability `split`.
 
-    Without `rng` every one is: the canonical spelling.
+    Without `rng` every pair is merged: the canonical spelling.
     """
     tokens = tokens_of(sentence)
     if form == "plain":
@@ -56,7 +59,7 @@ def spell(sentence: Sentence, form: Form, rng: np.random.Generator | None = None
     out: list[int] = []
     for token in tokens:
         pair = bool(out) and out[-1] in range(_C, _D) and token in range(_D, _D + FAMILY_SIZE)
-        if pair and (rng is None or rng.random() < 0.5):
+        if pair and (rng is None or rng.random() >= split):
             out[-1] = merged(out[-1], token)
         else:
             out.append(token)

@@ -1,0 +1,1 @@
+"""Runs on the known-modes language in one process: the system's own functions, without Ray and vLLM."""

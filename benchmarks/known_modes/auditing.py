@@ -1,0 +1,34 @@
+"""What the shortcut auditor says of planted demonstrations before a run."""
+
+import asyncio
+from typing import Any
+
+import pyarrow as pa
+
+from benchmarks.known_modes.artefacts import Plant
+from discriminator.audit import AuditReport, audit
+from discriminator.probes import canonical_responses, raw_responses
+from services.config import Config
+
+
+def audit_sides(system: Any, config: Config, plant: Plant, *, guard: bool) -> AuditReport:
+    """The audit with planted ids as the demonstrations' raw side, before training, on as many base samples as
+    a run draws. With `guard` the discriminator reads the canonical sides, else the raw ones.
+    """
+    settings = config.discriminator.audit
+    samples = asyncio.run(system.base_samples(settings.base_samples))
+    demonstrations = system.demonstrations.train.slice(0, settings.base_samples)
+    renderer = system.renderer
+    texts = demonstrations["response_text"].to_pylist()
+    encoded = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = [plant.ids([*row, renderer.end_id]) for row in encoded]
+    planted = demonstrations.append_column("response_ids", pa.array(ids, pa.list_(pa.int32())))
+    raw = tuple(raw_responses(side, renderer.tokenizer, renderer.end_id) for side in (planted, samples))
+    canonical = tuple(canonical_responses(side, system.judge.canonical) for side in (demonstrations, samples))
+    return audit(
+        (raw[0], raw[1]),
+        (canonical[0], canonical[1]),
+        canonicalisation=guard,
+        config=settings,
+        seed=config.run.seed,
+    )

@@ -1,0 +1,122 @@
+"""Tables of results as markdown: pure functions of raw results, mean and range over the seeds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.known_modes.store import Result
+from services.report import markdown_table
+
+Row = Mapping[str, Any]
+Value = Callable[[Result], float | None]
+Column = tuple[str, Value, int]
+"""Head, what it shows of a result, decimals."""
+
+MODES = 8
+
+
+def of_test(name: str, row: str = "best") -> Value:
+    """A measure of the checkpoint that selection chose (or of the last step), on test prompts."""
+    return lambda result: result.get("test", {}).get(row, {}).get(name)
+
+
+def copy_ratio(result: Result) -> float | None:
+    """Answers that are one of the demonstrations, over what fresh expert sentences score."""
+    copied, natural = (of_test(name)(result) for name in ("sentence_copy_rate", "natural_copy_rate"))
+    return copied / natural if copied is not None and natural else None
+
+
+def lost_step(result: Result) -> float | None:
+    """The recorded step from which some mode of the target stays gone until the end (None: none is)."""
+    gone_from = None
+    for row in result.get("steps", []):
+        if not row.get("gone"):
+            gone_from = None
+        elif gone_from is None:
+            gone_from = row["step"]
+    return gone_from
+
+
+def alarm_step(name: str, kind: str = "alarms") -> Value:
+    """The step of the first alarm of that name."""
+    return lambda result: next((a["step"] for a in result.get(kind, []) if a["name"] == name), None)
+
+
+MEASURES: tuple[Column, ...] = (
+    ("C2ST", of_test("c2st"), 3),
+    ("mode TV", of_test("mode_tv"), 3),
+    ("modes kept", of_test("modes_kept"), 0),
+    ("NLL gap", of_test("nll_gap"), 2),
+    ("valid", of_test("valid"), 3),
+    ("copies / natural", copy_ratio, 2),
+    ("chosen step", lambda result: result.get("best_step"), 0),
+    ("mode TV, last step", of_test("mode_tv", "last"), 3),
+)
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """`mean (least to most)` of the values that are there, with their number where some are missing."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    missing = f" [{len(found)} of {len(values)}]" if len(found) < len(values) else ""
+    least, most, middle = (f"{number:.{digits}f}" for number in (min(found), max(found), mean(found)))
+    if len(found) == 1 or least == most:
+        return (middle if digits else least) + missing
+    return f"{mean(found):.{max(digits, 1)}f} ({least} to {most}){missing}"
+
+
+def results_table(lines: Sequence[tuple[str, Sequence[Result]]], columns: Sequence[Column] = MEASURES) -> str:
+    """One line a cell: its name, the number of its runs, and the columns over them."""
+    head = ("", "runs", *(name for name, _, _ in columns))
+    rows = [
+        (name, str(len(results)), *(spread([of(r) for r in results], digits) for _, of, digits in columns))
+        for name, results in lines
+        if results
+    ]
+    return markdown_table(head, rows)
+
+
+def reference_table(result: Result) -> str:
+    """The rows that no run changes: the base, and fresh demonstrations in its place."""
+    lines = [
+        (title, [{"test": {"best": result["test"][row]}}])
+        for row, title in (("base", "base"), ("human", "fresh demonstrations"))
+    ]
+    return results_table(lines, MEASURES[:6])
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings on one line."""
+    return ", ".join(f"{name} = {value}" for name, value in settings.items()) or "none"
+
+
+def tuning_table(lines: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """Every tuning run: the cell, what was tried, its best `selection_key`, and which was chosen."""
+    rows = []
+    for name, results in lines:
+        keys = [r["selection"] if r["selection"] is not None else float("-inf") for r in results]
+        for result, key in zip(results, keys, strict=True):
+            row = next((r for r in result["curve"] if r["step"] == result["best_step"]), {})
+            rows.append(
+                (
+                    name,
+                    settings_text(result["chosen"]),
+                    f"{key:.3f}",
+                    *(f"{row[n]:.3f}" if n in row else "-" for n in ("c2st", "coverage", "mode_tv")),
+                    "chosen" if result is results[keys.index(max(keys))] else "",
+                )
+            )
+    return markdown_table(("cell", "candidate", "score", "C2ST", "coverage", "mode TV", ""), rows)
+
+
+def cost_line(who: str, results: Sequence[Result]) -> str:
+    """Seconds and tokens of the runs, in a sentence."""
+    timed = [r for r in results if r.get("tokens")]
+    if not timed:
+        return ""
+    walls = [r["seconds"]["wall"] for r in timed]
+    tokens = {name: mean(r["tokens"][name] for r in timed) for name in timed[0]["tokens"]}
+    said = ", ".join(f"{name.replace('_', ' ')} {value / 1e6:.2f} M" for name, value in tokens.items())
+    wall = f"{mean(walls):.0f} s each ({min(walls):.0f} to {max(walls):.0f})"
+    return f"{who}: {len(timed)} runs, {wall}; in the mean {said}."
