@@ -1,5 +1,6 @@
-"""One run: warm up, train, evaluate, measure. The loops are `services.controller` and `services.supervised.controller`,
-the watch and the alarms those of `rlgaf train`; only processes, checkpoints and files are missing.
+"""One run: warm up, train, evaluate, measure. The loops are `services.controller` and
+`services.supervised.controller`, the watch and the alarms those of `rlgaf train`; only processes, checkpoints
+and files are missing.
 """
 
 import asyncio
