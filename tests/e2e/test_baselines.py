@@ -94,6 +94,7 @@ def test_the_last_supervised_model_is_the_one_with_the_best_look(supervised):
     assert last["nll"] == pytest.approx(early["selection_nll"], abs=1e-6)
 
 
+@pytest.mark.slow  # two whole runs; exact resume has its own test in every suite
 def test_an_interrupted_supervised_run_goes_on_to_the_same_model(supervised, launch):
     broken = launch("sft-broken", SFT, meanwhile=interrupt_after_a_step)
     assert broken.code == 130, broken.output[-3000:]
@@ -127,6 +128,7 @@ def test_a_frozen_reward_model_is_called_so_and_stays(frozen):
     assert budget["rollout_tokens"] == sampled + summary["warm_up"]["rollout_tokens"]
 
 
+@pytest.mark.slow  # a whole run that differs from the one above in the warm-up only
 def test_a_reward_model_of_preference_pairs_is_rlhf(preferred):
     summary = assert_complete(preferred)
     assert summary["method"] == "rlhf"
