@@ -21,7 +21,7 @@ from launching import ROOT, START_S, environment
 from services.metric_names import METRICS
 
 pytestmark = pytest.mark.e2e
-STEPS = 40
+STEPS = 16
 
 
 @dataclass(frozen=True)
