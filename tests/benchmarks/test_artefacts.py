@@ -37,7 +37,8 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pieces_are_split_into_the_tokens_of_the_same_text() -> None:
     for sentence in SENTENCES:
         assert split_pieces(spell(sentence, "merged")) == tokens_of(sentence)
-    apart = [spell(s, "merged", np.random.default_rng(1), 0.1) != spell(s, "merged") for s in SENTENCES]
+    rng = np.random.default_rng(1)
+    apart = [spell(s, "merged", rng, 0.1) != spell(s, "merged") for s in SENTENCES]
     assert 0.02 < np.mean(apart) < 0.2
 
 
