@@ -179,7 +179,7 @@ def stamp(
     Args:
         table: trajectories of a whole step (whitening takes its moments over them); `token_ends` is read.
         version: discriminator version that gave the scores.
-        scores: per row, one score per canonical token.
+        scores: per row, one score per canonical token; none for a cut response without text.
         spans: per row, their spans.
         level: see `token_rewards`.
         config: the whole reward section.
@@ -193,9 +193,14 @@ def stamp(
     _check_column("references", references, table.num_rows, config.form == "relativistic", config.form)
     _check_column("user_rewards", user_rewards, table.num_rows, bool(config.user_reward), config.user_reward)
     ends = table["token_ends"].to_pylist()
+    # A response cut before it had any text has no token to judge. It is taken for the step's worst one, or
+    # saying nothing could pay.
+    worst = min((score[-1] for score in scores if len(score)), default=0.0)
+    levels: list[Level] = [level if len(score) else "sequence" for score in scores]
+    scores = [score if len(score) else np.array([worst]) for score in scores]
     judged = [
         reward(
-            score[-1:] if level == "sequence" else score,
+            score[-1:] if levels[row] == "sequence" else score,
             config,
             None if references is None else references[row],
         )
@@ -205,7 +210,7 @@ def stamp(
     parts = np.split(flat, np.cumsum([len(part) for part in judged])[:-1]) if judged else []
     rewards = []
     for row, (values, span, end) in enumerate(zip(parts, spans, ends, strict=True)):
-        out = _placed(values, span, end, level)
+        out = _placed(values, span, end, levels[row])
         out[-1] += length_penalty(len(end), config)
         if user_rewards is not None:
             out[-1] += config.user_weight * user_rewards[row]

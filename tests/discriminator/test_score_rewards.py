@@ -157,3 +157,12 @@ def test_the_users_reward_is_added_once_per_response_and_kept_as_a_column() -> N
     )
     assert table["token_rewards"].to_pylist() == [[0.0, 1.0 - 5.0], [-1.0 - 1.0]]
     assert table["user_reward"].to_pylist() == [10.0, 2.0]
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_a_cut_response_without_text_is_taken_for_the_worst(level) -> None:
+    config = RewardConfig(form="logit")
+    empty = np.zeros(0, dtype=np.float32)
+    rewards = stamped(config, [np.array([0.5, 1.5]), empty, np.array([-0.5, -2.0])], [2, 3, 2], level=level)
+    assert rewards[1] == [0.0, 0.0, -2.0]
+    assert stamped(config, [empty], [2], level=level) == [[0.0, 0.0]]
