@@ -105,3 +105,13 @@ def alive(processes: list[psutil.Process], grace_s: float = 10.0) -> list[str]:
         if not running or time.monotonic() > deadline:
             return running
         time.sleep(0.5)
+
+
+def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """Ctrl-C as soon as the first step is in the metrics."""
+    deadline = time.monotonic() + 1200
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
+            process.send_signal(signal.SIGINT)
+            return
+        time.sleep(0.05)

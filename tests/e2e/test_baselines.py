@@ -2,15 +2,11 @@
 
 import json
 import math
-import signal
-import subprocess
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import PROMPTS, SAMPLES, Finished, Launch
+from launching import PROMPTS, SAMPLES, Finished, Launch, interrupt_after_a_step
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -45,15 +41,6 @@ def preferred(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Finis
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return launch("rlhf", RLHF | {"data.preferences": str(path), "run.steps": "2"})
-
-
-def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
-    deadline = time.monotonic() + 1200
-    while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
-            process.send_signal(signal.SIGINT)
-            return
-        time.sleep(0.05)
 
 
 def assert_complete(run: Finished) -> dict[str, Any]:

@@ -6,16 +6,22 @@ run at lags of two shows the bounds and the accounts.
 
 import json
 import math
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import PROMPTS, ROOT, SAMPLES, STEPS, Finished, Launch, environment
+from launching import (
+    PROMPTS,
+    ROOT,
+    SAMPLES,
+    STEPS,
+    Finished,
+    Launch,
+    environment,
+    interrupt_after_a_step,
+)
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -33,16 +39,6 @@ LAGS = {
 @pytest.fixture(scope="module")
 def unbroken(launch: Launch) -> Finished:
     return launch("unbroken", EXACT)
-
-
-def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
-    """Ctrl-C as soon as the first step is in the metrics."""
-    deadline = time.monotonic() + 1200
-    while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
-            process.send_signal(signal.SIGINT)
-            return
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
