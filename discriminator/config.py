@@ -59,6 +59,10 @@ class HealthConfig(Section):
     pause_accuracy: Fraction = 0.99
     """From here on it makes none, until the accuracy is below `slow_accuracy` again."""
 
+    confident_accuracy: Fraction = 0.9
+    """Margin and saturation slow or pause from this accuracy on. Below it large scores are information, not
+    saturation: a few responses that no expert would give are enough for a margin of six."""
+
     slow_margin: PositiveFloat = 6.0
     """Margin (mean score of demonstrations minus that of rollouts, in logits) that slows the
     discriminator."""
@@ -92,6 +96,8 @@ class HealthConfig(Section):
     def _bands_in_order(self) -> "HealthConfig":
         if not self.low_accuracy < self.slow_accuracy <= self.pause_accuracy:
             raise ValueError("health: low_accuracy < slow_accuracy <= pause_accuracy must hold")
+        if not self.low_accuracy < self.confident_accuracy <= self.slow_accuracy:
+            raise ValueError("health: low_accuracy < confident_accuracy <= slow_accuracy must hold")
         if self.slow_margin > self.pause_margin:
             raise ValueError("health: slow_margin must not exceed pause_margin")
         if self.pause_policy and not self.enabled:

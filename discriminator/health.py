@@ -7,6 +7,9 @@ A discriminator that wins everything gives flat rewards, one that loses gives no
     SLOW   accuracy, margin or saturation high     1
     PAUSED accuracy or margin at the pause bound   0, until accuracy and margin are below the *slow* bounds
 
+Margin and saturation count from `confident_accuracy` on: a discriminator that errs more often than that is
+not winning everything, however sure it is of some responses.
+
 PAUSED never goes to SLOW: one step at a bound still exceeded would push the discriminator back over it, and
 the gate would oscillate between the two. PAUSED never goes to BOOST either: a discriminator that stood still
 while the policy moved may measure low once; it gets an ordinary step and is judged again.
@@ -185,11 +188,13 @@ class HealthGate:
 
     def _judge(self, reading: HealthReading) -> tuple[HealthState, str]:
         bounds = self.config
+        confident = reading.accuracy >= bounds.confident_accuracy
+        margin = reading.margin if confident else 0.0
         pause = [
             f"{name} {value:.3f} >= {bound:g}"
             for name, value, bound in (
                 ("accuracy", reading.accuracy, bounds.pause_accuracy),
-                ("margin", reading.margin, bounds.pause_margin),
+                ("margin", margin, bounds.pause_margin),
             )
             if value >= bound
         ]
@@ -197,7 +202,7 @@ class HealthGate:
             f"{name} {value:.3f} >= {bound:g}"
             for name, value, bound in (
                 ("accuracy", reading.accuracy, bounds.slow_accuracy),
-                ("margin", reading.margin, bounds.slow_margin),
+                ("margin", margin, bounds.slow_margin),
             )
             if value >= bound
         ]
@@ -207,7 +212,7 @@ class HealthGate:
             if slow:
                 return HealthState.PAUSED, ", ".join(slow)
             return HealthState.TRAIN, "accuracy and margin back below the slow bounds"
-        if reading.saturation >= bounds.slow_saturation:
+        if confident and reading.saturation >= bounds.slow_saturation:
             slow.append(f"saturation {reading.saturation:.3f} >= {bounds.slow_saturation:g}")
         if slow:
             return HealthState.SLOW, ", ".join(slow)

@@ -4,7 +4,13 @@ from discriminator.config import HealthConfig
 from discriminator.health import HealthGate, HealthReading, HealthState, PolicyState
 
 CONFIG = HealthConfig(
-    low_accuracy=0.55, slow_accuracy=0.9, pause_accuracy=0.98, slow_margin=4, pause_margin=8, extra_steps=2
+    low_accuracy=0.55,
+    confident_accuracy=0.8,
+    slow_accuracy=0.9,
+    pause_accuracy=0.98,
+    slow_margin=4,
+    pause_margin=8,
+    extra_steps=2,
 )
 
 
@@ -18,10 +24,12 @@ def reading(accuracy: float = 0.7, margin: float = 1.0, saturation: float = 0.1)
         (reading(), HealthState.TRAIN, 2),
         (reading(accuracy=0.5), HealthState.BOOST, 4),
         (reading(accuracy=0.9), HealthState.SLOW, 1),
-        (reading(margin=4), HealthState.SLOW, 1),
-        (reading(saturation=0.95), HealthState.SLOW, 1),
+        (reading(accuracy=0.8, margin=4), HealthState.SLOW, 1),
+        (reading(accuracy=0.79, margin=9), HealthState.TRAIN, 2),
+        (reading(accuracy=0.8, saturation=0.95), HealthState.SLOW, 1),
+        (reading(accuracy=0.79, saturation=0.95), HealthState.TRAIN, 2),
         (reading(accuracy=0.98), HealthState.PAUSED, 0),
-        (reading(margin=8), HealthState.PAUSED, 0),
+        (reading(accuracy=0.8, margin=8), HealthState.PAUSED, 0),
     ],
 )
 def test_each_band_gives_its_state(given: HealthReading, state: HealthState, steps: int) -> None:
@@ -69,6 +77,8 @@ def test_not_a_number_is_an_error() -> None:
 def test_bands_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="low_accuracy"):
         HealthConfig(low_accuracy=0.96)
+    with pytest.raises(ValueError, match="confident_accuracy"):
+        HealthConfig(confident_accuracy=0.96)
 
 
 def policy_gate(limit: int = 3) -> HealthGate:
