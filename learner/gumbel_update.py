@@ -82,8 +82,9 @@ class GumbelUpdate:
         drawn on all of them.
 
         Reads `prompt_text` and `disc_version`, the version that judged the table: it judges here too.
-        Metrics: gumbel_tau, gumbel_tokens, gumbel_length, gumbel_truncated (share cut by the limit),
-        gumbel_masked (share left out), gumbel_repetition (see `repetition`).
+        Metrics: gumbel_tau, gumbel_tokens, gumbel_kept_tokens (of responses that were not left out),
+        gumbel_length, gumbel_truncated (share cut by the limit), gumbel_masked (share left out),
+        gumbel_repetition (see `repetition`).
 
         Raises ValueError for a table judged by several versions.
         """
@@ -127,6 +128,7 @@ class GumbelUpdate:
         told = {
             "gumbel_tau": tau,
             "gumbel_tokens": total["tokens"],
+            "gumbel_kept_tokens": total["kept_tokens"],
             "gumbel_length": total["tokens"] / total["drawn"],
             "gumbel_truncated": total["cut"] / total["drawn"],
             "gumbel_masked": 1.0 - total["kept"] / total["drawn"],

@@ -12,7 +12,6 @@ arrays that are gathered into batches and scattered back, whatever the packing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -235,43 +234,82 @@ def _micro_batches(bins: list[list[Group]], budget: int, keep_last: bool) -> lis
 
 
 def _build(rows: list[list[Group]], width: int, keep_last: bool) -> PackedBatch:
-    shape = (len(rows), width)
-    input_ids, position_ids, response_ids = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-    group_ids = np.full(shape, PAD_GROUP, dtype=np.int64)
-    parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("source", "target", "position", "flat", "trajectory")
-    }
+    drop = 0 if keep_last else 1
+    segments = _Segments()
+    texts: list[np.ndarray] = []
+    source: list[int] = []  # what predicts a response's first token
     for r, groups in enumerate(rows):
-        at = 0
+        at = r * width
         for g, group in enumerate(groups):
-            n = len(group.prompt)
-            input_ids[r, at : at + n] = group.prompt
-            position_ids[r, at : at + n] = np.arange(n)
-            group_ids[r, at : at + n] = g
-            last_of_prompt = at + n - 1
-            at += n
+            at = segments.add(group.prompt, at, place=0, group=g, response=0)
+            last_of_prompt, n = at - 1, len(group.prompt)
             for i, response in enumerate(group.responses):
-                m = len(response)
-                kept = m if keep_last else m - 1
-                input_ids[r, at : at + kept] = response[:kept]
-                position_ids[r, at : at + kept] = n + np.arange(kept)
-                group_ids[r, at : at + kept] = g
-                response_ids[r, at : at + kept] = i + 1
-                own = r * width + at + np.arange(m)
-                parts["source"].append(np.concatenate([[r * width + last_of_prompt], own[:-1]]))
-                parts["target"].append(response)
-                parts["position"].append(np.where(np.arange(m) < kept, own, -1))
-                parts["flat"].append(group.starts[i] + np.arange(m))
-                parts["trajectory"].append(np.full(m, group.rows[i]))
-                at += kept
-    index: dict[str, Any] = {
-        name: torch.from_numpy(np.concatenate(part).astype(np.int64)) for name, part in parts.items()
+                texts.append(response)
+                source.append(last_of_prompt)
+                at = segments.add(response[: len(response) - drop], at, place=n, group=g, response=i + 1)
+    # One entry for each token of each response.
+    every = [group for groups in rows for group in groups]
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    j = _within(lengths)
+    is_response = np.array(segments.response, dtype=np.int64) > 0
+    own = np.repeat(np.array(segments.start, dtype=np.int64)[is_response], lengths) + j
+    cut = j >= np.repeat(lengths - drop, lengths)
+    index = {
+        "source": np.where(j == 0, np.repeat(np.array(source, dtype=np.int64), lengths), own - 1),
+        "target": np.concatenate(texts),
+        "position": np.where(cut, -1, own),
+        "flat": np.repeat(np.concatenate([group.starts for group in every]), lengths) + j,
+        "trajectory": np.repeat(np.concatenate([group.rows for group in every]), lengths),
     }
     return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(position_ids),
-        group_ids=torch.from_numpy(group_ids),
-        response_ids=torch.from_numpy(response_ids),
-        weight=torch.ones(len(index["flat"])),
-        **index,
+        **segments.rows((len(rows), width)),
+        weight=torch.ones(len(j)),
+        **{name: torch.from_numpy(values.astype(np.int64)) for name, values in index.items()},
     )
+
+
+class _Segments:
+    """Prompts and responses, each a run of tokens at a place in the flattened rows."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.start: list[int] = []
+        self.place: list[int] = []
+        self.group: list[int] = []
+        self.response: list[int] = []
+
+    def add(self, tokens: np.ndarray, at: int, *, place: int, group: int, response: int) -> int:
+        """Put tokens at flat index `at`, with position ids from `place` on; returns where they end."""
+        self.tokens.append(tokens)
+        self.start.append(at)
+        self.place.append(place)
+        self.group.append(group)
+        self.response.append(response)
+        return at + len(tokens)
+
+    def rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids, group_ids and response_ids, int64 of `shape`."""
+        lengths = np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
+        j = _within(lengths)
+
+        def spread(values: list[int]) -> np.ndarray:
+            return np.repeat(np.array(values, dtype=np.int64), lengths)
+
+        columns = {
+            "input_ids": (np.concatenate(self.tokens), 0),
+            "position_ids": (spread(self.place) + j, 0),
+            "group_ids": (spread(self.group), PAD_GROUP),
+            "response_ids": (spread(self.response), 0),
+        }
+        at = spread(self.start) + j
+        filled = {}
+        for name, (values, padding) in columns.items():
+            flat = np.full(shape[0] * shape[1], padding, dtype=np.int64)
+            flat[at] = values
+            filled[name] = torch.from_numpy(flat.reshape(shape))
+        return filled
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ..., l - 1 for each length l in turn."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -4,6 +4,7 @@ A prompt counts once for all the responses that share its computation. Evaluatio
 same for every method, are in the seconds only.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Budget:
     learner_tokens: int = 0
     """Prompt and response tokens that went forward and backward through the policy, and the critic's."""
     learner_forward_tokens: int = 0
-    """Those that went forward only: reference, log-probabilities at the step's start, values."""
+    """Those that went forward only: reference, log-probabilities at the step's start, values, drawing."""
     discriminator_tokens: int = 0
     """Prompt and response tokens that went forward and backward through the discriminator."""
 
@@ -35,6 +36,15 @@ class Budget:
         tokens = packed_tokens(table)
         self.learner_tokens += trained * tokens
         self.learner_forward_tokens += forward * tokens
+
+    def drawn(self, metrics: Mapping[str, float]) -> None:
+        """The learner drew responses of its own for the Gumbel-Softmax update, if `metrics` of its step say
+        so: forward to draw them, forward and backward through policy and discriminator where they were kept.
+        """
+        kept = round(metrics.get("gumbel_kept_tokens", 0))
+        self.learner_forward_tokens += round(metrics.get("gumbel_tokens", 0))
+        self.learner_tokens += kept
+        self.discriminator_tokens += kept
 
     def discriminated(self, metrics: dict[str, Any]) -> None:
         """The discriminator trained; `metrics` of its turn or warm-up."""

@@ -133,6 +133,7 @@ class Controller:
             self.ledger.train(group)
         self.timer.tokens("learn", response_tokens(scored))
         self.budget.learned(scored, *policy_passes(self.config.learner))
+        self.budget.drawn(metrics)
         return metrics
 
     async def sync(self, version: int) -> dict[str, float]:

@@ -54,6 +54,8 @@ class AlarmBounds:
     """Length is hacked when such a pull has taken responses this many times beyond the humans' length."""
     copy_excess: float = 0.05
     """Largest share of copied demonstrations above the natural rate, at the lower end of its interval."""
+    masked: float = 0.5
+    """Share of drawn responses without a judge's gradient that leaves Gumbel-Softmax little to learn from."""
     recurrence: float = 0.5
     """The discriminator cycles when its ranking agrees by this much more with an earlier version than with
     one in between."""
@@ -188,6 +190,17 @@ def cycling(rows: Rows, bounds: AlarmBounds) -> str | None:
     return None
 
 
+def gumbel_masked(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`policy/gumbel_masked`: the policy draws texts that the discriminator spells with other tokens."""
+    values = _recent(rows, "policy/gumbel_masked", bounds.window)
+    if values and min(values) > bounds.masked:
+        return (
+            f"{values[-1]:.0%} of the responses drawn for Gumbel-Softmax are not in canonical spelling and "
+            "teach nothing"
+        )
+    return None
+
+
 CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
     check.__name__: check
     for check in (
@@ -203,6 +216,7 @@ CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
         length_hacking,
         copying,
         cycling,
+        gumbel_masked,
     )
 }
 

@@ -29,8 +29,10 @@ def test_a_run_adds_up_and_survives_a_checkpoint():
     budget.learned(TABLE, trained=2, forward=3)
     budget.discriminated({"tokens_trained": 30.0, "accuracy": 0.5})
     budget.discriminated({"steps": 0.0})
+    budget.drawn({"gumbel_tokens": 50.0, "gumbel_kept_tokens": 20.0})
+    budget.drawn({"loss": 1.0})
     expected = {
-        "rollout_tokens": 7, "learner_tokens": 22, "learner_forward_tokens": 33, "discriminator_tokens": 30
+        "rollout_tokens": 7, "learner_tokens": 42, "learner_forward_tokens": 83, "discriminator_tokens": 50
     }  # fmt: skip
     assert budget.state() == expected
     assert Budget(**budget.state()) == budget

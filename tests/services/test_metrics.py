@@ -128,6 +128,7 @@ STEADY = {
     "reward/length_correlation": 0.1,
     "policy/entropy": 3.0,
     "response/truncated_rate": 0.1,
+    "policy/gumbel_masked": 0.2,
 }
 
 
@@ -141,6 +142,7 @@ STEADY = {
         ("length_reward", "reward/length_correlation", -0.8),
         ("entropy_collapse", "policy/entropy", 0.2),
         ("truncation", "response/truncated_rate", 1.0),
+        ("gumbel_masked", "policy/gumbel_masked", 0.9),
     ],
 )
 def test_each_alarm_is_raised_once_when_it_begins(name: str, key: str, value: float) -> None:
