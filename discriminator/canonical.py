@@ -13,9 +13,10 @@ carries per-token numbers from there to the tokens that were sampled.
 import bisect
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,9 @@ Span = tuple[int, int]
 
 JUDGED_COLUMNS = ("prompt_id", "prompt_text", "response_text", "finish_reason")
 """What the discriminator reads of a rollout or a prepared demonstration; both tables have these columns."""
+
+MEMORY_TOKENS = 2**18
+"""Tokens of responses (and as many of prompts) whose encoding is remembered; about 30 MB each."""
 
 _BLANKS = re.compile(r"[^\S\n]+")
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -58,6 +62,39 @@ class Encoded:
     response_ids: list[int]
     spans: list[Span]
     complete: bool
+
+
+class _Spelling(NamedTuple):
+    """What a text was encoded to."""
+
+    ids: list[int]
+    spans: list[Span]
+    complete: bool
+
+
+class _Memory:
+    """Spellings by key, `room` tokens of them: the least recently used ones make place.
+
+    A step's rollouts are read by its evaluation, by each of its updates and by the scorer, and held-out
+    demonstrations at every step; without a memory a small discriminator spends most of its time here.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._held: OrderedDict[Hashable, _Spelling] = OrderedDict()
+        self._tokens = 0
+
+    def get(self, key: Hashable, make: Callable[[], _Spelling]) -> _Spelling:
+        """The spelling of a key, made where it is not held. It is shared and must not be changed."""
+        known = self._held.get(key)
+        if known is not None:
+            self._held.move_to_end(key)
+            return known
+        made = self._held[key] = make()
+        self._tokens += len(made.ids)
+        while self._tokens > self.room:
+            self._tokens -= len(self._held.popitem(last=False)[1].ids)
+        return made
 
 
 def normalise(raw: str, config: CanonicalConfig, *, complete: bool = True) -> NormalText:
@@ -182,13 +219,33 @@ class Canonicaliser:
             )
         self._suffix = [int(tokenizer.sep_token_id)] if encoder and tokenizer.sep_token_id is not None else []
         self._prefix = self._start_tokens()
-        self._last_prompt: tuple[str, list[int]] | None = None
+        self._responses = _Memory(MEMORY_TOKENS)
+        self._prompts = _Memory(MEMORY_TOKENS)
 
     def encode(self, prompt_text: str, response_text: str, *, complete: bool) -> Encoded:
         """Canonical ids and spans. `complete` False: the response was cut, and gets no EOS.
 
         A response without any text is judged as the empty response: it consists of EOS alone, cut or not.
         """
+        ids, spans, whole = self._responses.get(
+            (response_text, complete), lambda: self._spell(response_text, complete)
+        )
+        return Encoded(self.encode_prompt(prompt_text), ids, spans, whole)
+
+    def encode_prompt(self, prompt_text: str) -> list[int]:
+        """Ids of a rendered prompt, special tokens in its text included; the last ones when it is too
+        long."""
+        return self._prompts.get(prompt_text, lambda: self._spell_prompt(prompt_text)).ids
+
+    def encode_table(self, table: pa.Table) -> list[Encoded]:
+        """One `Encoded` per row of a table with `JUDGED_COLUMNS`."""
+        columns = (table[name].to_pylist() for name in ("prompt_text", "response_text", "finish_reason"))
+        return [
+            self.encode(prompt, response, complete=finish == "stop")
+            for prompt, response, finish in zip(*columns, strict=True)
+        ]
+
+    def _spell(self, response_text: str, complete: bool) -> _Spelling:
         normal = normalise(response_text, self.config, complete=complete)
         coded = self.tokenizer(
             normal.text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
@@ -205,27 +262,15 @@ class Canonicaliser:
             complete = True
         else:
             complete = False
-        ids, spans = ids[: self.max_response], spans[: self.max_response]
-        return Encoded(self.encode_prompt(prompt_text), ids, spans, complete)
+        return _Spelling(ids[: self.max_response], spans[: self.max_response], complete)
 
-    def encode_prompt(self, prompt_text: str) -> list[int]:
-        """Ids of a rendered prompt, special tokens in its text included; the last ones when it is too
-        long."""
-        if self._last_prompt is None or self._last_prompt[0] != prompt_text:
-            ids = self.tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
-            if self._prefix and list(ids[: len(self._prefix)]) == self._prefix:
-                ids = ids[len(self._prefix) :]
-            room = self.max_prompt - len(self._prefix) - len(self._suffix)
-            self._last_prompt = (prompt_text, self._prefix + [int(i) for i in ids][-room:] + self._suffix)
-        return list(self._last_prompt[1]) or [self.eos_id]
-
-    def encode_table(self, table: pa.Table) -> list[Encoded]:
-        """One `Encoded` per row of a table with `JUDGED_COLUMNS`."""
-        columns = (table[name].to_pylist() for name in ("prompt_text", "response_text", "finish_reason"))
-        return [
-            self.encode(prompt, response, complete=finish == "stop")
-            for prompt, response, finish in zip(*columns, strict=True)
-        ]
+    def _spell_prompt(self, prompt_text: str) -> _Spelling:
+        ids = self.tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+        if self._prefix and list(ids[: len(self._prefix)]) == self._prefix:
+            ids = ids[len(self._prefix) :]
+        room = self.max_prompt - len(self._prefix) - len(self._suffix)
+        whole = self._prefix + [int(i) for i in ids][-room:] + self._suffix
+        return _Spelling(whole or [self.eos_id], [], True)
 
     def _start_tokens(self) -> list[int]:
         """BOS or CLS, where the tokenizer puts one in front by itself."""

@@ -12,6 +12,7 @@ arrays that are gathered into batches and scattered back, whatever the packing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -287,7 +288,7 @@ class _Segments:
         self.response.append(response)
         return at + len(tokens)
 
-    def rows(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def rows(self, shape: tuple[int, int]) -> dict[str, Any]:
         """input_ids, position_ids, group_ids and response_ids, int64 of `shape`."""
         lengths = np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
         j = _within(lengths)
@@ -302,7 +303,7 @@ class _Segments:
             "response_ids": (spread(self.response), 0),
         }
         at = spread(self.start) + j
-        filled = {}
+        filled: dict[str, Any] = {}
         for name, (values, padding) in columns.items():
             flat = np.full(shape[0] * shape[1], padding, dtype=np.int64)
             flat[at] = values

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.known_modes.remembering import Remembering
 from benchmarks.known_modes.sampler import TorchSampler
 from discriminator.buffer import ReplayBuffer
 from discriminator.scorer import Scorer
@@ -138,7 +137,7 @@ class OneProcessSystem(OneProcessPolicy, System):
         model, dtype = settings["model"], settings["model_dtype"]
         self.judge = DiscriminatorTrainer(settings["config"], model, model_dtype=dtype, seed=settings["seed"])
         self.local_scorer = Scorer(settings["config"], model, model_dtype=dtype)
-        self.judge.canonical = self.local_scorer.canonical = Remembering(self.judge.canonical)
+        self.judge.canonical = self.local_scorer.canonical  # one memory
         self._published: tuple[str, Weights] | None = None
         self._build_policy()
 

@@ -16,7 +16,6 @@ from benchmarks.known_modes.artefacts import (
 )
 from benchmarks.known_modes.cells import CONFIG, Data
 from benchmarks.known_modes.data import LONG, write_data
-from benchmarks.known_modes.remembering import Remembering
 from benchmarks.known_modes.unguarded import Unguarded
 from discriminator.canonical import Canonicaliser
 from discriminator.config import CanonicalConfig
@@ -137,14 +136,3 @@ def test_without_the_guard_ids_are_read_as_they_came() -> None:
         read = unguarded.encode_table(samples)
         assert [item.response_ids for item in read] == samples["response_ids"].to_pylist()
         assert [item.spans[-1][1] for item in read] == [len(text) for text in texts]
-
-
-def test_remembered_encodings_are_the_canonical_ones() -> None:
-    canonical = Canonicaliser(build_tokenizer("plain"), CanonicalConfig(), context=64)
-    remembering = Remembering(canonical)
-    for _ in range(2):
-        for prompt in ("#1", "#22"):
-            for text in ("a0 b0 c0  d0 a0", "", " a0"):
-                for complete in (True, False):
-                    plain = canonical.encode(prompt, text, complete=complete)
-                    assert remembering.encode(prompt, text, complete=complete) == plain

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 from discriminator.canonical import (
     Canonicaliser,
     _joins_backwards,
+    _Memory,
+    _Spelling,
     normalise,
     prepare_demonstrations,
     spread_to_sampled,
@@ -190,3 +192,31 @@ def test_encoder_prompts_are_fenced(tiny_encoder: Path) -> None:
     coded = canonical.encode("ab", "c", complete=True)
     assert tokenizer.convert_ids_to_tokens(coded.prompt_ids) == ["[CLS]", "a", "##b", "[SEP]"]
     assert tokenizer.convert_ids_to_tokens(coded.response_ids) == ["c", "[SEP]"]
+
+
+def test_spellings_are_made_once_and_the_least_used_make_place():
+    asked: list[str] = []
+    memory = _Memory(room=5)
+
+    def made(text: str) -> _Spelling:
+        asked.append(text)
+        return _Spelling([0] * len(text), [], True)
+
+    def spelling(text: str) -> _Spelling:
+        return memory.get(text, lambda: made(text))
+
+    for text in ("aa", "bb", "aa", "cc", "aa", "bb"):  # cc puts bb out, which comes back for cc
+        assert len(spelling(text).ids) == 2
+    assert asked == ["aa", "bb", "cc", "bb"]
+    assert len(spelling("too long for it").ids) == 15
+    assert spelling("aa").ids == [0, 0]
+
+
+def test_an_answer_read_again_is_spelled_alike_whatever_its_prompt(canonical):
+    first = canonical.encode("one", "a  cat", complete=True)
+    again = canonical.encode("two", "a  cat", complete=True)
+    cut = canonical.encode("one", "a  cat", complete=False)
+    assert (again.response_ids, again.spans) == (first.response_ids, first.spans)
+    assert again.prompt_ids == canonical.encode_prompt("two") != first.prompt_ids
+    assert cut.response_ids == first.response_ids[:-1]
+    assert not cut.complete
