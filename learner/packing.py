@@ -262,11 +262,10 @@ def _build(rows: list[list[Group]], width: int, keep_last: bool) -> PackedBatch:
         "flat": np.repeat(np.concatenate([group.starts for group in every]), lengths) + j,
         "trajectory": np.repeat(np.concatenate([group.rows for group in every]), lengths),
     }
-    return PackedBatch(
-        **segments.rows((len(rows), width)),
-        weight=torch.ones(len(j)),
-        **{name: torch.from_numpy(values.astype(np.int64)) for name, values in index.items()},
-    )
+    columns: dict[str, Any] = {
+        name: torch.from_numpy(values.astype(np.int64)) for name, values in index.items()
+    }
+    return PackedBatch(**segments.rows((len(rows), width)), weight=torch.ones(len(j)), **columns)
 
 
 class _Segments:
