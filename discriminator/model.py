@@ -9,6 +9,7 @@ Everything that has weights is used inside `forward`, so that ZeRO-3 can gather 
 fp32 whatever the dtype of the body.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -182,9 +183,10 @@ def load_discriminator(
         lora: put the configured adapters on; a scorer loads merged weights and needs none.
 
     Raises:
-        ValueError: a body that cannot be used at this level, or whose attention cannot share prompts.
+        ValueError: a body that cannot be used at this level, whose attention cannot share prompts, or whose
+            weights are not all there.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     shape = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     kind = body_kind(shape, config.body)
@@ -196,9 +198,7 @@ def load_discriminator(
     # R1 differentiates twice, which flex_attention does not allow.
     plain = kind == "encoder" or config.gradient_penalty > 0
     implementation = "sdpa" if plain else attention_implementation(device)
-    body = AutoModel.from_pretrained(
-        model, dtype=dtype, attn_implementation=implementation, trust_remote_code=config.trust_remote_code
-    )
+    body = _load_body(model, dtype, implementation, trust_remote_code=config.trust_remote_code)
     if kind == "causal" and config.packing and (limit := longest_packable(body.config, body)) is not None:
         context = load_canonicaliser(config, model)
         if context.max_prompt + context.max_response > limit:
@@ -223,6 +223,36 @@ def load_discriminator(
             spectral_bound=config.spectral_norm,
             implementation=implementation,
         )
+
+
+def _load_body(model: str, dtype: torch.dtype, implementation: str, *, trust_remote_code: bool) -> nn.Module:
+    """The transformer without its language-model head, whose absence is no news to anyone.
+
+    Raises:
+        ValueError: the folder lacks weights of the body, which would be random without a word.
+    """
+    from transformers import AutoModel
+
+    log = logging.getLogger("transformers.modeling_utils")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        body, found = AutoModel.from_pretrained(
+            model,
+            dtype=dtype,
+            attn_implementation=implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    finally:
+        log.setLevel(before)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{model} lacks {len(missing)} of the body's weights, e.g. {missing[0]}: it is no checkpoint of "
+            f"{type(body).__name__}, or not a whole one"
+        )
+    return body
 
 
 def group_encoded(encoded: Sequence[Encoded]) -> list[Group]:

@@ -2,12 +2,14 @@
 named."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from judging import small
+from safetensors.torch import load_file, save_file
 
 from discriminator.config import DiscriminatorConfig
 from discriminator.model import load_discriminator
@@ -128,3 +130,12 @@ def test_damaged_weights_are_refused_and_the_held_version_stays(tiny_model: Path
 def test_encoders_refuse_the_token_level(tiny_encoder: Path) -> None:
     with pytest.raises(ValueError, match="bidirectional"):
         load_discriminator(small(level="token"), str(tiny_encoder), device="cpu", dtype=torch.float32)
+
+
+def test_a_body_without_all_its_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "torn"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the body's weights.*layers\.1\.mlp\.up_proj"):
+        load_discriminator(small(), str(folder), device="cpu", dtype=torch.float32)
