@@ -40,7 +40,7 @@ REWARDS = Grid(
             "equal learning rates, one discriminator step",
             _form("logit")
             | {
-                "discriminator.lr": 3e-4,
+                "discriminator.lr": 1.2e-4,
                 "discriminator.steps_per_policy_step": 1,
                 "discriminator.health.enabled": False,
             },
@@ -76,10 +76,10 @@ ARTEFACTS = Grid(
 
 NUMBERS = (32, 128, 512, 2048)
 SFT = tuple({"learner.lr": lr, "learner.weight_decay": decay} for lr in (3e-4, 1e-3) for decay in (0.0, 0.1))
-RLHF = tuple({"learner.lr": lr, "learner.kl_coef": kl} for lr in (1e-4, 3e-4) for kl in (0.05, 0.2))
+RLHF = tuple({"learner.lr": lr, "learner.kl_coef": kl} for lr in (5e-5, 1.2e-4) for kl in (0.05, 0.2))
 GAD = tuple(
     {"learner.lr": lr, "discriminator.steps_per_policy_step": steps}
-    for lr in (1e-4, 3e-4)
+    for lr in (5e-5, 1.2e-4)
     for steps in (1, 3)
 )
 RLGAF = tuple(

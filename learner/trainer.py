@@ -253,10 +253,13 @@ class TrainerGroup:
     async def _wait(self, ref: "ray.ObjectRef", timeout_s: float, what: str) -> Any:
         assert self._ended is not None, "start() first"
         answer = asyncio.ensure_future(_as_coroutine(ref))
-        await asyncio.wait({answer, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
+        try:
+            await asyncio.wait({answer, self._ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # a run that is stopped at once waits no more either
+            if not answer.done():
+                answer.cancel()
+        if answer.done() and not answer.cancelled():
             return answer.result()
-        answer.cancel()
         if self._ended.done():
             reason = self._ended.exception() or "the worker group ended by itself"
             raise RankError(f"{self.role} worker group went down during {what}: {reason}")
