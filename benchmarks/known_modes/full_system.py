@@ -24,6 +24,9 @@ def keep(run: Path, grid: str, cell: str, results: Path) -> Path:
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     seed = config["run"]["seed"]
+    # What a result keeps must mean the same on another machine.
+    del config["run"]["output"]
+    config["policy"]["model"] = "/".join(Path(config["policy"]["model"]).parts[-2:])
     rows = [{"step": row["step"], **recorded(row)} for row in read_metrics(run / "metrics.jsonl")]
     result: store.Result = {
         "grid": grid,

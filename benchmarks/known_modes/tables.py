@@ -118,5 +118,7 @@ def cost_line(who: str, results: Sequence[Result]) -> str:
     walls = [r["seconds"]["wall"] for r in timed]
     tokens = {name: mean(r["tokens"][name] for r in timed) for name in timed[0]["tokens"]}
     said = ", ".join(f"{name.replace('_', ' ')} {value / 1e6:.2f} M" for name, value in tokens.items())
+    if len(timed) == 1:
+        return f"{who}: one run, {walls[0]:.0f} s; {said}."
     wall = f"{mean(walls):.0f} s each ({min(walls):.0f} to {max(walls):.0f})"
     return f"{who}: {len(timed)} runs, {wall}; in the mean {said}."

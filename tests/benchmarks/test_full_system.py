@@ -28,7 +28,9 @@ def test_a_run_folder_becomes_a_result(tmp_path: Path) -> None:
         "learning_curve": [{"step": 0, "c2st": 0.9}],
     }
     (run / "summary.json").write_text(json.dumps(summary))
-    (run / "config.toml").write_text("[run]\nseed = 4\n")
+    (run / "config.toml").write_text(
+        '[run]\nseed = 4\noutput = "/home/me/runs"\n[policy]\nmodel = "/home/me/assets/known-modes/base"\n'
+    )
     metrics = {"step": 1, "time": 0.0, "reward/mean": 0.5, "policy/kl": 0.01, "sync/wire_s": 0.1}
     (run / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     file = full_system.keep(run, "default", "rlgaf", results)
@@ -39,4 +41,5 @@ def test_a_run_folder_becomes_a_result(tmp_path: Path) -> None:
     assert result["tokens"] == {"rollout_tokens": 7}
     assert result["steps"] == [{"step": 1, "reward": 0.5, "kl": 0.01}]
     assert (result["seed"], result["last_step"]) == (4, 60)
+    assert result["config"] == {"run": {"seed": 4}, "policy": {"model": "known-modes/base"}}
     assert full_system.kept("rewards", results) == []
