@@ -11,7 +11,7 @@ fp32 whatever the dtype of the body.
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -225,7 +225,7 @@ def load_discriminator(
         )
 
 
-def _load_body(model: str, dtype: torch.dtype, implementation: str, *, trust_remote_code: bool) -> nn.Module:
+def _load_body(model: str, dtype: torch.dtype, implementation: str, *, trust_remote_code: bool) -> Any:
     """The transformer without its language-model head, whose absence is no news to anyone.
 
     Raises:
