@@ -74,7 +74,11 @@ class Evaluator:
         if selection_key(row) > self.best_key:
             self.best_step, self.best_key = step, selection_key(row)
             await self.export("best")
-            await self._keep_test("best", step)
+            if step == 0:  # the base is the best so far: its answers are at hand
+                shutil.copyfile(self._test_file("base"), self._test_file("best"))
+                self.test_nll["best"] = self.test_nll["base"]
+            else:
+                await self._keep_test("best", step)
             best = {"step": step, "key": self.best_key, "nll": self.test_nll["best"]}
             self._best_file().write_text(json.dumps(best))
         shown = texts.slice(0, self.config.evaluation.shown_samples)
