@@ -26,7 +26,7 @@ ONE_THREAD = {
     "HF_HUB_OFFLINE": "1",
     "DS_ACCELERATOR": "cpu",
     "TQDM_DISABLE": "1",
-    # Freed memory is used again; see learner.trainer.KEEP_MEMORY.
+    # Freed memory is used again; see learner.trainer.WORKER_ENVIRONMENT.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from discriminator.config import HealthConfig
+from discriminator.health_config import HealthConfig
 
 Side = Literal["discriminator", "policy"]
 

@@ -2,6 +2,7 @@
 2.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -239,6 +240,8 @@ def _config_of_run(model: str) -> Path | None:
 
 def main() -> None:
     """Entry point: user errors become one message on stderr and exit code 2."""
+    # Before OpenMP is loaded: it would spin at its barriers, on cores that the run's other processes need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except (ConfigError, DataError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from learner.trainer import KEEP_MEMORY
+from learner.trainer import WORKER_ENVIRONMENT
 from rollout.worker import RolloutWorker
 from services.config import Config
 from services.plan import ResourcePlan
@@ -39,7 +39,7 @@ class RolloutFleet:
 
     def _create(self, index: int) -> Any:
         config = self.config
-        environment = KEEP_MEMORY | {
+        environment = WORKER_ENVIRONMENT | {
             "OMP_NUM_THREADS": str(self.role.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -4,12 +4,9 @@ behind.
 
 import asyncio
 import os
-import shutil
 import signal
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,14 +14,16 @@ from rich.console import Console
 from rollout.data import DataSplits, load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
-from services.checkpoint import CheckpointError, Checkpoints, verify
+from services.checkpoint import Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
 from services.methods import method_title, not_read
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.plan import ResourcePlan, local_gpus, resource_plan
+from services.ray_cluster import ray_cluster
 from services.ray_metrics import RunMetrics
 from services.report import make_console
+from services.run_folder import prepare_folder
 from services.watching.alarms import AlarmBounds, Alarms
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 FAILED = 1
-LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard"}
 
 
 def run(config: Config, *, resume: bool) -> int:
@@ -54,7 +52,7 @@ def run(config: Config, *, resume: bool) -> int:
         check_vllm_version()
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
-    checkpoints = _prepare_folder(config, resume)
+    checkpoints = prepare_folder(config, resume)
     plan = resource_plan(config, gpus=local_gpus())
     cluster = os.environ.get("RAY_ADDRESS")
     if not cluster:
@@ -86,80 +84,8 @@ def run(config: Config, *, resume: bool) -> int:
         return asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console).main())
 
 
-def _prepare_folder(config: Config, resume: bool) -> Checkpoints:
-    checkpoints = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints)
-    newest = checkpoints.newest()
-    if resume and newest is None:
-        raise ConfigError(f"--resume: {config.folder} has no finished checkpoint; start it without --resume")
-    if resume and checkpoints.steps()[-1] >= config.run.steps:
-        raise ConfigError(
-            f"--resume: {config.folder} has done {checkpoints.steps()[-1]} of {config.run.steps} steps; "
-            "raise run.steps to go on"
-        )
-    if resume and newest is not None:
-        try:
-            loop = verify(newest).get("controller", {})
-        except CheckpointError as error:
-            raise ConfigError(f"--resume: {error}") from None
-        patience = config.learner.sft.patience
-        if (config.folder / "summary.json").exists() and loop.get("early", {}).get("looks", 0) >= patience:
-            raise ConfigError(
-                f"--resume: {config.folder} has ended by early stopping at step {loop['step']}; raise "
-                "learner.sft.patience to go on"
-            )
-    held = {path.name for path in config.folder.iterdir()} if config.folder.exists() else set()
-    if not resume and held - LEFT_BY_A_FAILED_START:
-        raise ConfigError(
-            f"{config.folder} exists already; nothing was overwritten. "
-            "Use --resume to go on with it, or another run.name"
-        )
-    return checkpoints
-
-
 def _skipped(reasons: dict[str, int]) -> str:
     return "".join(f", {count} skipped ({reason})" for reason, count in reasons.items())
-
-
-@contextmanager
-def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
-    """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs
-    and GPUs.
-    """
-    import ray
-
-    # More processes than CPUs are this system's normal state: they take turns. Ray would warn about it.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if local_gpus() else "cpu")
-    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            num_gpus=local_gpus(),
-            object_store_memory=_object_store_bytes(),
-            include_dashboard=False,
-            **quiet,
-        )
-    try:
-        resources = ray.cluster_resources()
-        yield resources.get("CPU", 0.0), int(resources.get("GPU", 0))
-    finally:
-        ray.shutdown()
-
-
-def _object_store_bytes() -> int:
-    """A tenth of this machine's memory, 0.5 to 8 GiB, and no more than half of /dev/shm.
-
-    It holds a few versions of the discriminator's weights; what does not fit goes to disk, at every step.
-    """
-    import psutil
-
-    wanted = min(max(psutil.virtual_memory().total // 10, 512 * 2**20), 8 * 2**30)
-    return min(wanted, shutil.disk_usage("/dev/shm").total // 2)
 
 
 class _Run:

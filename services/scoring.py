@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
-from learner.trainer import KEEP_MEMORY
+from learner.trainer import WORKER_ENVIRONMENT
 
 HTTP = FastAPI(title="rlgaf discriminator", version="1")
 
@@ -188,7 +188,7 @@ def scoring_app(
         ray_actor_options={
             "num_cpus": scoring.cpus,
             "num_gpus": 1 if use_gpu else 0,
-            "runtime_env": {"env_vars": KEEP_MEMORY | {"OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}},
         },
     ).bind(config, model, model_dtype, versions, threads, token)
     return bound

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from services.checkpoint import Checkpoints
 from services.config import Config
-from services.run import LEFT_BY_A_FAILED_START
+from services.run_folder import LEFT_BY_A_FAILED_START
 
 
 def goes_on(config: Config) -> bool:

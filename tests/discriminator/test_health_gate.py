@@ -1,7 +1,7 @@
 import pytest
 
-from discriminator.config import HealthConfig
 from discriminator.health import HealthGate, HealthReading, HealthState, PolicyState
+from discriminator.health_config import HealthConfig
 
 CONFIG = HealthConfig(
     low_accuracy=0.55,

@@ -1,0 +1,42 @@
+"""What may be done with a run's folder before anything is written to it."""
+
+from services.checkpoint import CheckpointError, Checkpoints, verify
+from services.config import Config, ConfigError
+
+LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard"}
+
+
+def prepare_folder(config: Config, resume: bool) -> Checkpoints:
+    """The checkpoints of a run that may begin in its folder, or go on there.
+
+    Raises:
+        ConfigError: there is nothing to resume, nothing left to do, a broken checkpoint, or another run's
+            folder would be written over.
+    """
+    checkpoints = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints)
+    newest = checkpoints.newest()
+    if resume and newest is None:
+        raise ConfigError(f"--resume: {config.folder} has no finished checkpoint; start it without --resume")
+    if resume and checkpoints.steps()[-1] >= config.run.steps:
+        raise ConfigError(
+            f"--resume: {config.folder} has done {checkpoints.steps()[-1]} of {config.run.steps} steps; "
+            "raise run.steps to go on"
+        )
+    if resume and newest is not None:
+        try:
+            loop = verify(newest).get("controller", {})
+        except CheckpointError as error:
+            raise ConfigError(f"--resume: {error}") from None
+        patience = config.learner.sft.patience
+        if (config.folder / "summary.json").exists() and loop.get("early", {}).get("looks", 0) >= patience:
+            raise ConfigError(
+                f"--resume: {config.folder} has ended by early stopping at step {loop['step']}; raise "
+                "learner.sft.patience to go on"
+            )
+    held = {path.name for path in config.folder.iterdir()} if config.folder.exists() else set()
+    if not resume and held - LEFT_BY_A_FAILED_START:
+        raise ConfigError(
+            f"{config.folder} exists already; nothing was overwritten. "
+            "Use --resume to go on with it, or another run.name"
+        )
+    return checkpoints
