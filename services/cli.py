@@ -27,6 +27,20 @@ EXAMPLE_ASSETS = {
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+def _go_on(settings: Config) -> bool:
+    """Whether there is a checkpoint to go on from, here or (fetched then) in the run's copy."""
+    from services.jobs.resumption import goes_on, set_aside
+
+    if (moved := set_aside(settings, time.time())) is not None:
+        typer.echo(f"an earlier attempt left no checkpoint; its folder is now {moved}")
+    if settings.run.mirror:
+        from services.mirror import fetch_newer
+
+        if (step := fetch_newer(settings)) is not None:
+            typer.echo(f"checkpoint of step {step} fetched from {settings.run.mirror}")
+    return goes_on(settings)
+
+
 @app.command(context_settings=OVERRIDES)
 def train(
     context: typer.Context,
@@ -52,12 +66,8 @@ def train(
         return
     from services.run import run
 
-    if auto_resume:
-        from services.jobs.resumption import goes_on, set_aside
-
-        if (moved := set_aside(settings, time.time())) is not None:
-            typer.echo(f"an earlier attempt left no checkpoint; its folder is now {moved}")
-        resume = resume or goes_on(settings)
+    if auto_resume or (resume and settings.run.mirror):
+        resume = _go_on(settings) or resume
     raise typer.Exit(run(settings, resume=resume))
 
 

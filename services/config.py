@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from discriminator.config import DiscriminatorConfig
@@ -64,6 +64,16 @@ class RunSection(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
 
+    mirror: str = ""
+    """URL of a folder in object storage (s3://bucket/runs, gs://…; options such as ?region=… belong to it,
+    credentials to the environment). The run's folder is copied to it after each checkpoint and at the end,
+    and `--resume` goes on from the copy where it is newer. The run's folder itself must still be shared by
+    the machines of a cluster."""
+
+    mirror_timeout_s: PositiveFloat = 1800.0
+    """Deadline of one copy. Training waits for it; one that fails is tried again at the next checkpoint, and
+    the run fails if the last one does."""
+
     exact: bool = False
     """Number-for-number repeatable and resumable: needs both lags 0; costs some generation speed."""
 
@@ -87,6 +97,10 @@ class Config(Section):
             problems.append("policy.model is empty: give a hub name or the folder of a causal language model")
         if not self.data.demonstrations:
             problems.append("data.demonstrations is empty: give a JSONL or Parquet file or a dataset folder")
+        if self.run.mirror and "://" not in self.run.mirror:
+            problems.append(
+                f'run.mirror = "{self.run.mirror}" is no URL: give one like s3://bucket/runs, or leave it out'
+            )
         if self.run.exact and (self.run.max_policy_lag or self.run.max_disc_lag):
             problems.append("run.exact needs run.max_policy_lag = 0 and run.max_disc_lag = 0")
         if self.learner.needs_groups and self.sampling.group_size == 1:

@@ -19,6 +19,7 @@ from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
 from services.methods import method_title, not_read
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
+from services.mirror import Mirror, refuse_used
 from services.plan import ResourcePlan, local_gpus, resource_plan
 from services.ray_cluster import ray_cluster
 from services.ray_metrics import RunMetrics
@@ -53,6 +54,8 @@ def run(config: Config, *, resume: bool) -> int:
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
     checkpoints = prepare_folder(config, resume)
+    if config.run.mirror and not resume:
+        refuse_used(config)
     plan = resource_plan(config, gpus=local_gpus())
     cluster = os.environ.get("RAY_ADDRESS")
     if not cluster:
@@ -108,6 +111,7 @@ class _Run:
         self.resume = resume
         self.console = console
         self.checkpoints = checkpoints
+        self.mirror = Mirror(config.folder, config.run.mirror) if config.run.mirror else None
         self.began = time.monotonic()
         self.earlier_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
@@ -202,7 +206,10 @@ class _Run:
             memory = await self.system.memory()
             await self.system.stop()
         self._report(evaluation, memory)
-        return 0
+        if await self._copy():
+            return 0
+        self.console.print(f"the run is whole in {self.config.folder}, its copy is not")
+        return FAILED
 
     async def _begin(self) -> None:
         await self.watch.begin(self.display.note)
@@ -297,6 +304,20 @@ class _Run:
                 "seconds": self.earlier_seconds + time.monotonic() - self.began,
             }
             await asyncio.to_thread(self.checkpoints.commit, step, state)
+        await self._copy()
+
+    async def _copy(self) -> bool:
+        """Bring the run's copy up to date; False when that failed, which is said."""
+        if self.mirror is None:
+            return True
+        with self.controller.timer("mirror"):
+            try:
+                await asyncio.wait_for(asyncio.to_thread(self.mirror.push), self.config.run.mirror_timeout_s)
+            except OSError as error:  # TimeoutError is one too
+                reason = str(error) or f"not done within {self.config.run.mirror_timeout_s:g} s"
+                self.display.note(f"run.mirror: the copy to {self.config.run.mirror} failed: {reason}")
+                return False
+        return True
 
     async def _load(self) -> None:
         folder = self.checkpoints.newest()

@@ -1,0 +1,146 @@
+"""The copy of a run's folder: on a local file system, and on a real S3 service where one is named."""
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from services.checkpoint import Checkpoints, verify
+from services.config import Config, ConfigError
+from services.mirror import Mirror, fetch_newer, refuse_used
+
+S3 = os.environ.get("RLGAF_TEST_S3", "")
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder of its own in the storage."""
+    if request.param == "file":
+        return f"file://{tmp_path}/storage"
+    if not S3:
+        pytest.skip(
+            "RLGAF_TEST_S3 names no bucket; start moto_server, make one, and set it to "
+            "s3://BUCKET?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:5000"
+        )
+    bucket, _, options = S3.partition("?")
+    return f"{bucket}/{uuid.uuid4().hex}?{options}"
+
+
+def _config(folder: Path, url: str) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"output": str(folder), "name": "r", "mirror": url},
+            "policy": {"model": "m"},
+            "data": {"demonstrations": "d.jsonl"},
+        }
+    )
+
+
+def _checkpoint(folder: Path, step: int) -> None:
+    checkpoints = Checkpoints(folder / "checkpoints", 2)
+    (checkpoints.begin(step) / "weights.bin").write_bytes(os.urandom(1000) + bytes([step]))
+    checkpoints.commit(step, {"step": step})
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_is_pulled_is_what_was_pushed(tmp_path: Path, url: str) -> None:
+    here, elsewhere = tmp_path / "here" / "r", tmp_path / "elsewhere" / "r"
+    _checkpoint(here, 2)
+    (here / "metrics.jsonl").write_text('{"step": 2}\n')
+    (here / "ray").mkdir()
+    (here / "ray" / "own").write_text("stays")
+    (here / ".best.partial").mkdir()
+    (here / ".best.partial" / "half").write_text("unfinished")
+    mirror = Mirror(here, url)
+    assert mirror.empty()
+    assert mirror.newest() is None
+    first = mirror.push()
+    assert mirror.push() == 0, "nothing has changed"
+
+    _checkpoint(here, 4)
+    (here / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    assert 0 < mirror.push() < 2 * first, "only the new checkpoint and the changed file"
+    assert Mirror(elsewhere, url).newest() == 4
+
+    assert fetch_newer(_config(elsewhere.parent, url)) == 4
+    found = _files(elsewhere)
+    sent = {
+        name: data for name, data in _files(here).items() if name.startswith(("checkpoints/step-000004", "m"))
+    }
+    assert found == sent, "the newest checkpoint and all other files, without Ray's and unfinished ones"
+    assert verify(elsewhere / "checkpoints" / "step-000004") == {"step": 4}
+    assert fetch_newer(_config(elsewhere.parent, url)) is None, "the copy is no newer"
+
+
+def test_pruned_checkpoints_go_from_the_copy(tmp_path: Path, url: str) -> None:
+    here = tmp_path / "r"
+    mirror = Mirror(here, url)
+    for step in (1, 2, 3):
+        _checkpoint(here, step)
+        mirror.push()
+    names = {name for name in mirror._listed() if name.endswith("manifest.json")}
+    assert names == {"checkpoints/step-000002/manifest.json", "checkpoints/step-000003/manifest.json"}
+
+
+def test_a_broken_push_leaves_no_half_checkpoint(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "r"
+    _checkpoint(here, 1)
+    Mirror(here, url).push()
+    _checkpoint(here, 2)
+    broken = Mirror(here, url)
+    upload = broken._upload
+
+    def fails_at_weights(path: Path, name: str) -> None:
+        if name.endswith("step-000002/weights.bin"):
+            raise OSError("connection lost")
+        upload(path, name)
+
+    monkeypatch.setattr(broken, "_upload", fails_at_weights)
+    with pytest.raises(OSError, match="connection lost"):
+        broken.push()
+    assert Mirror(here, url).newest() == 1
+    monkeypatch.undo()
+    broken.push()
+    assert Mirror(here, url).newest() == 2
+
+
+def test_an_older_copy_is_not_fetched(tmp_path: Path, url: str) -> None:
+    here = tmp_path / "r"
+    _checkpoint(here, 1)
+    Mirror(here, url).push()
+    _checkpoint(here, 2)
+    assert fetch_newer(_config(tmp_path, url)) is None
+    assert Checkpoints(here / "checkpoints", 2).steps() == [1, 2]
+
+
+def test_a_new_run_refuses_the_copy_of_another(tmp_path: Path, url: str) -> None:
+    refuse_used(_config(tmp_path, url))
+    _checkpoint(tmp_path / "r", 1)
+    Mirror(tmp_path / "r", url).push()
+    with pytest.raises(ConfigError, match="holds a run named r already"):
+        refuse_used(_config(tmp_path, url))
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/x", "s3://bucket/x?regoin=here"])
+def test_a_url_that_arrow_does_not_know_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.mirror"):
+        Mirror(tmp_path / "r", url)
+
+
+def test_a_path_is_no_url(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no URL"):
+        _config(tmp_path, str(tmp_path))
+
+
+def test_storage_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    url = "s3://bucket/x?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9"
+    with pytest.raises(ConfigError, match=r"run\.mirror .* cannot be read"):
+        refuse_used(_config(tmp_path, url))
