@@ -1,13 +1,14 @@
 """Whole runs from the command line, every process real, on the tiny model.
 
-One unbroken exact run is the measure: an interrupted and resumed one must repeat it number for number. One
-run at lags of two shows the bounds and the accounts.
+One unbroken exact run is the measure: an interrupted one whose folder is lost, resumed from its copy, must
+repeat it number for number. One run at lags of two shows the bounds and the accounts.
 """
 
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,15 +43,26 @@ def unbroken(launch: Launch) -> Finished:
 
 
 @pytest.fixture(scope="module")
-def interrupted(launch: Launch) -> tuple[Finished, list[dict[str, Any]]]:
+def copied(configuration: Path) -> dict[str, str]:
+    """Settings of a run that keeps a copy of its folder elsewhere."""
+    return EXACT | {"run.mirror": f"file://{configuration.parent}/copies"}
+
+
+@pytest.fixture(scope="module")
+def interrupted(launch: Launch, copied: dict[str, str]) -> tuple[Finished, list[dict[str, Any]]]:
     """A run stopped with Ctrl-C, and the rows it had written by then."""
-    finished = launch("broken", EXACT, meanwhile=interrupt_after_a_step)
+    finished = launch("broken", copied, meanwhile=interrupt_after_a_step)
     return finished, finished.rows
 
 
 @pytest.fixture(scope="module")
-def resumed(launch: Launch, interrupted: tuple[Finished, list[dict[str, Any]]]) -> Finished:
-    return launch("broken", EXACT, resume=True)
+def resumed(
+    launch: Launch, copied: dict[str, str], interrupted: tuple[Finished, list[dict[str, Any]]]
+) -> Finished:
+    """The same run, resumed where its own folder is lost."""
+    folder = interrupted[0].folder
+    folder.rename(folder.with_name("lost"))
+    return launch("broken", copied, resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +178,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_no_process(interrupted):
 def test_a_resumed_run_equals_the_unbroken_one(unbroken, interrupted, resumed):
     """Number for number: every metric that is no time or memory, and every weight."""
     assert resumed.code == 0, resumed.output[-3000:]
+    assert "fetched from file://" in resumed.output
     assert resumed.left == []
     assert resumed.rows[: len(interrupted[1])] == interrupted[1]
     assert [row["step"] for row in resumed.rows] == list(range(1, STEPS + 1))
