@@ -74,11 +74,7 @@ class Evaluator:
         if selection_key(row) > self.best_key:
             self.best_step, self.best_key = step, selection_key(row)
             await self.export("best")
-            if step == 0:  # the base is the best so far: its answers are at hand
-                shutil.copyfile(self._test_file("base"), self._test_file("best"))
-                self.test_nll["best"] = self.test_nll["base"]
-            else:
-                await self._keep_test("best", step)
+            await self._keep_test("best", step)
             best = {"step": step, "key": self.best_key, "nll": self.test_nll["best"]}
             self._best_file().write_text(json.dumps(best))
         shown = texts.slice(0, self.config.evaluation.shown_samples)
@@ -148,6 +144,10 @@ class Evaluator:
             self.best_step, self.best_key, self.test_nll["best"] = best["step"], best["key"], best["nll"]
 
     async def _keep_test(self, name: str, step: int) -> None:
+        if name == "best" and step == 0:  # it is the base, whose answers are at hand
+            shutil.copyfile(self._test_file("base"), self._test_file("best"))
+            self.test_nll["best"] = self.test_nll["base"]
+            return
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
         texts, _ = await self._draw(split, prompts, step)
         self.test_nll[name] = await self.system.human_nll(split, prompts)
