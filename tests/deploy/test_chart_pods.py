@@ -62,7 +62,8 @@ def test_pods_are_restricted(arguments: tuple[str, ...]) -> None:
 
 
 def test_secrets_come_by_reference_only() -> None:
-    manifests = render(*SERVE, "--set", "secrets.huggingFace.name=hf", "--set", "secrets.reward.name=reward")
+    names = ("huggingFace.name=hf", "reward.name=reward", "objectStore.name=s3")
+    manifests = render(*SERVE, *(word for name in names for word in ("--set", f"secrets.{name}")))
     assert all(manifest["kind"] != "Secret" for manifest in manifests)
     for _, group in groups(manifests):
         given = {
@@ -74,6 +75,8 @@ def test_secrets_come_by_reference_only() -> None:
             "HF_TOKEN": {"name": "hf", "key": "token"},
             "RLGAF_SCORE_TOKEN": {"name": "token", "key": "token"},
             "RLGAF_REWARD_TOKEN": {"name": "reward", "key": "token"},
+            "AWS_ACCESS_KEY_ID": {"name": "s3", "key": "AWS_ACCESS_KEY_ID"},
+            "AWS_SECRET_ACCESS_KEY": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"},
         }
 
 
@@ -172,10 +175,13 @@ def test_the_entrypoint_knows_the_runs_folder_and_the_scoring_endpoint() -> None
         "secrets.scoring.name=t",
         "--set",
         "run.overrides={--run.steps=7}",
+        "--set",
+        "storage.mirror.url=s3://bucket/runs?region=eu-west-1",
     )
     scripts = next(m for m in render(*SMALLEST, *http) if m["metadata"]["name"].endswith("-scripts"))
     assert json.loads(scripts["data"]["overrides.json"]) == [
         "--run.output=/runs",
+        "--run.mirror=s3://bucket/runs?region=eu-west-1",
         "--discriminator.scoring.http=true",
         "--discriminator.scoring.http_host=0.0.0.0",
         "--discriminator.scoring.http_port=8000",

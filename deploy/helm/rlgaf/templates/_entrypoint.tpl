@@ -4,9 +4,12 @@ python /etc/rlgaf/scripts/start.py /etc/rlgaf/run/run.toml /etc/rlgaf/run/overri
 {{- if .Values.autoscaling.enabled }} --bring-up {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}{{ end }}
 {{- end -}}
 
-{{/* Overrides of the run's TOML: where runs are written, the scoring endpoint, and the user's own. */}}
+{{/* Overrides of the run's TOML: where runs are written and copied to, the scoring endpoint, and the user's own. */}}
 {{- define "rlgaf.overrides" -}}
 {{- $words := list "--run.output=/runs" -}}
+{{- with .Values.storage.mirror.url -}}
+{{- $words = append $words (printf "--run.mirror=%s" .) -}}
+{{- end -}}
 {{- if .Values.scoring.http -}}
 {{- $words = concat $words (list "--discriminator.scoring.http=true" "--discriminator.scoring.http_host=0.0.0.0" "--discriminator.scoring.http_port=8000") -}}
 {{- end -}}

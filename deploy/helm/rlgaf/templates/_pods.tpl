@@ -43,6 +43,15 @@ capabilities:
       key: {{ $secret.key }}
 {{- end }}
 {{- end }}
+{{- with .Values.secrets.objectStore.name }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $.Values.secrets.objectStore.name }}
+      key: {{ . }}
+{{- end }}
+{{- end }}
 {{- with .Values.env }}
 {{ toYaml . }}
 {{- end }}
