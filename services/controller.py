@@ -48,8 +48,6 @@ class Controller:
         self.step = 0
         self.running = False
         self.stopping = False
-        self.sync_failures = 0
-        """Replacements of workers that a sync had to make, or wait for, since this process began."""
         self._generating: dict[int, asyncio.Task[pa.Table]] = {}
         self._cursors: dict[int, dict[str, Any]] = {}
         self._turns: deque[asyncio.Task[None]] = deque()
@@ -138,11 +136,8 @@ class Controller:
 
     async def sync(self, version: int) -> dict[str, float]:
         """Broadcast the new weights; afterwards every worker serves `version`."""
-        before = self.system.replacements
         with self.timer("sync"):
-            timings = await self.system.sync(version)
-        self.sync_failures += self.system.replacements - before
-        return timings
+            return await self.system.sync(version)
 
     async def discriminate(self, batch: pa.Table) -> None:
         """Queue this step's discriminator turn; turns run one after another while the policy goes on."""
@@ -207,7 +202,7 @@ class Controller:
                 "responses": self.ledger.check(),
                 "rollout": {
                     "replacements": self.system.replacements,
-                    "sync_failures": self.sync_failures,
+                    "sync_failures": self.system.sync_failures,
                 },
                 "seconds": self.timer.take(),
                 "memory_mib": {"controller": process_memory()["rss"]},

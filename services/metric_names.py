@@ -2,8 +2,9 @@
 
 The driver of a run sets them through Ray (`services/ray_metrics.py`), and the metrics endpoint of its node
 exports them with Ray's prefix: `rlgaf_policy_lag_max` is scraped as `ray_rlgaf_policy_lag_max`. Every series
-has the label `run` (run.name) beside Ray's own. Ratios lie in 0..1. Gauges vanish with the run's driver;
-counters begin at zero again when a run is resumed, which `rate` and `increase` allow for.
+has the label `run` (run.name) beside Ray's own. Ratios lie in 0..1. Gauges vanish with the run's driver.
+Counters stay as long as the node: a resumed run has series of its own beside the earlier driver's, so their
+sum over `run` is the run's. A counter's series begins with its first event, at that event's amount.
 
     python -m services.metric_names     # the table of docs/deploy.md
 """
@@ -61,6 +62,7 @@ class Metric:
 EVALUATED = "with each evaluation"
 TURNED = "from the first discriminator turn on"
 TRAINED = "with each turn that the health gate lets train"
+HAPPENED = "from the first one on"
 
 METRICS: tuple[Metric, ...] = (
     # The pump
@@ -72,10 +74,19 @@ METRICS: tuple[Metric, ...] = (
         "rlgaf_phase_seconds",
         "histogram",
         "Seconds of a step spent in a phase (generate, score, learn, sync, discriminate, evaluate, "
-        "checkpoint, wait for discriminator, warm-up); phases overlap",
+        "checkpoint, wait for discriminator, warm-up); phases overlap. Its sum is Ray's estimate from the "
+        "buckets",
         key="seconds/",
         label="phase",
         boundaries=SECONDS,
+    ),
+    Metric(
+        "rlgaf_phase_spent_seconds_total",
+        "counter",
+        "Seconds spent in a phase, exactly",
+        key="seconds/",
+        label="phase",
+        per_step=True,
     ),
     # Responses
     Metric(
@@ -228,14 +239,16 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rlgaf_sync_failures_total",
         "counter",
-        "Replacements of workers that a weight sync had to make, or wait for, before it succeeded",
+        "Weight syncs that a worker missed or broke; each was repeated with the worker replaced",
         key="rollout/sync_failures",
+        when=HAPPENED,
     ),
     Metric(
         "rlgaf_rollout_replacements_total",
         "counter",
         "Times that rollout workers were replaced: one died, missed a deadline or broke in a sync",
         key="rollout/replacements",
+        when=HAPPENED,
     ),
     Metric(
         "rlgaf_rollout_workers_healthy",
@@ -269,9 +282,10 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rlgaf_alarms_total",
         "counter",
-        "Alarms raised, by name (mode_collapse, entropy_collapse, discriminator_saturated and the others)",
+        "Alarms raised, by name: mode_collapse, entropy_collapse, discriminator_saturated and the others",
         live="the run's alarms",
         label="alarm",
+        when=HAPPENED,
     ),
     Metric(
         "rlgaf_alarm_active",

@@ -39,6 +39,8 @@ class PolicySide:
         self.renderer = renderer
         self.policy_version = 0
         self.replacements = 0
+        self.sync_failures = 0
+        """Broadcasts that some worker missed or broke; each was repeated with that worker replaced."""
         self._groups: list[TrainerGroup] = []
         self._mending = asyncio.Lock()
 
@@ -170,6 +172,7 @@ class PolicySide:
             if "error" not in answer:
                 del answer["replace"]
                 return answer
+            self.sync_failures += 1
             await self._replace(FleetError(answer["error"], answer["replace"]))
 
     async def _asked(self, ask: Callable[[], Awaitable[pa.Table]]) -> pa.Table:

@@ -8,7 +8,8 @@ exported.alarms(raised, active)
 watching = asyncio.create_task(exported.watch_workers(lambda: system.fleet.actors))
 
 Ray keeps a gauge's last value until the driver ends. A number that is not finite is left out, because Ray
-drops it: the gauge keeps its last finite value, and the alarm `not_finite` is active.
+drops it: the gauge keeps its last finite value, and the alarm `not_finite` is active. Ray's counters cannot
+be set to 0: a series begins with its first event, and queries have to allow for that (rules.yaml).
 """
 
 import asyncio
@@ -69,16 +70,6 @@ def alarm_samples(raised: Sequence[Alarm], active: Collection[str]) -> list[Samp
     return told + [Sample(BY_NAME["rlgaf_alarm_active"], float(name in active), name) for name in CHECKS]
 
 
-def zeros() -> list[Sample]:
-    """Every series of every counter at 0."""
-    return [
-        Sample(metric, 0.0, label)
-        for metric in METRICS
-        if metric.kind == "counter"
-        for label in metric.series or (CHECKS if metric.name == "rlgaf_alarms_total" else [""])
-    ]
-
-
 def _keys(metric: Metric, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if metric.key.endswith("/"):
         yield from ((key.removeprefix(metric.key), key) for key in row if key.startswith(metric.key))
@@ -101,11 +92,9 @@ class RunMetrics:
         self._instruments: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Set what does not change (bounds, wanted numbers, start time), and every counter to 0: Prometheus
-        sees an increase only in a series that was there before."""
+        """Set what does not change: bounds, wanted numbers, start time."""
         self._tell(setting_samples(self._config))
         self._tell([Sample(BY_NAME["rlgaf_start_timestamp_seconds"], time.time())])
-        self._tell(zeros())
 
     def step(self, row: Row, previous: Row | None) -> None:
         """Set everything that the step's row has."""
@@ -131,7 +120,7 @@ class RunMetrics:
             if metric.kind == "gauge":
                 instrument.set(sample.value, tags)
             elif metric.kind == "counter":
-                instrument._record(sample.value, tags)  # `inc` refuses the 0 that a series begins with
+                instrument.inc(sample.value, tags)
             else:
                 instrument.observe(sample.value, tags)
 

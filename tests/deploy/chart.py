@@ -11,6 +11,7 @@ from fetched_tools import helm
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "rlgaf"
+NAMESPACE = "training"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 OPERATOR_APIS = ("--api-versions", "monitoring.coreos.com/v1")
 SMALLEST = ("--set", 'run.config=[policy]\nmodel = "m"', "--set", "workers.cpu.replicas=1")
@@ -34,7 +35,7 @@ def run_helm(*arguments: str) -> str:
 
 def render(*arguments: str, release: str = "demo", apis: tuple[str, ...] = OPERATOR_APIS) -> list[Manifest]:
     """All manifests of `helm template` with these arguments."""
-    text = run_helm("template", release, str(CHART), "--namespace", "training", *apis, *arguments)
+    text = run_helm("template", release, str(CHART), "--namespace", NAMESPACE, *apis, *arguments)
     return [manifest for manifest in yaml.safe_load_all(text) if manifest]
 
 

@@ -7,49 +7,25 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from chart import CHART
 from fetched_tools import promtool
+from monitoring import ALERTS, DASHBOARD, RULES, exported, named, queries
 
 from services.metric_names import METRICS
 from services.watching.alarms import CHECKS
 
-RULES = CHART / "files" / "rules.yaml"
 CASES = Path(__file__).parent / "alert_cases.yaml"
-DASHBOARD = json.loads((CHART / "files" / "dashboard.json").read_text())
-ALERTS = {
-    rule["alert"]: rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
-}
-
-
-def exported() -> set[str]:
-    """Names that a scrape of a run holds."""
-    names = set()
-    for metric in METRICS:
-        ends = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
-        names |= {metric.exported + end for end in ends}
-    return names
-
-
-def queries() -> list[str]:
-    """Every query of the dashboard, variables filled in."""
-    found = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
-    return [query.replace("$__rate_interval", "1m").replace("$run", ".*") for query in found]
-
-
-def named(text: str) -> set[str]:
-    return set(re.findall(r"ray_rlgaf_\w+", text))
 
 
 def test_rules_and_dashboard_name_documented_metrics_only() -> None:
     rules = {name for rule in ALERTS.values() for name in named(rule["expr"])}
-    shown = {name for query in queries() for name in named(query)}
+    shown = {name for _, query in queries() for name in named(query)}
     assert rules
     assert rules | shown <= exported()
     assert named(json.dumps(DASHBOARD["templating"])) <= exported()
 
 
 def test_the_dashboard_shows_every_metric() -> None:
-    shown = {re.sub("_(sum|count|bucket)$", "", name) for query in queries() for name in named(query)}
+    shown = {re.sub("_(sum|count|bucket)$", "", name) for _, query in queries() for name in named(query)}
     missing = {metric.exported for metric in METRICS} - shown
     assert not missing
 
@@ -79,7 +55,7 @@ def test_rules_pass_promtool(tmp_path: Path) -> None:
 
 def test_dashboard_queries_parse(tmp_path: Path) -> None:
     tool = promtool()
-    rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(queries())]
+    rules = [{"record": f"query:{i}", "expr": query} for i, (_, query) in enumerate(queries())]
     path = tmp_path / "queries.yaml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
     done = subprocess.run([tool, "check", "rules", path], capture_output=True, text=True, check=False)

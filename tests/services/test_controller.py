@@ -51,7 +51,7 @@ class Machine:
         self.ticks = {"generate": generating, "learn": learning, "discriminate": judging}
         self.serving = 0
         self.disc_version = 0
-        self.replacements = 0
+        self.replacements = self.sync_failures = 0
         self.learned = 0
         self.events: list[Event] = []
         self.scored: list[tuple[int, int]] = []

@@ -80,7 +80,7 @@ class OneProcess:
         self.learner = PolicyLearner(model, config.learner, model_dtype="float32")
         self.published: dict[int, Any] = {}
         self.disc_version = 0
-        self.replacements = 0
+        self.replacements = self.sync_failures = 0
         self._publish(0)
         self.seen: list[pa.Table] = []
 
