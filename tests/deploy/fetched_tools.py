@@ -42,19 +42,21 @@ def helm() -> Path:
     return _once("helm-4.1.4", unpack) / "helm"
 
 
+def prometheus() -> Path:
+    """The server, out of Debian's package."""
+    found = shutil.which("prometheus")
+    return Path(found) if found else _debian("prometheus") / "usr/bin/prometheus"
+
+
 def promtool() -> Path:
-    """Prometheus' rule checker, out of Debian's package."""
-    if found := shutil.which("promtool"):
-        return Path(found)
+    """Prometheus' rule checker, out of the same package."""
+    found = shutil.which("promtool")
+    return Path(found) if found else _debian("prometheus") / "usr/bin/promtool"
 
-    def unpack(folder: Path) -> None:
-        _run("apt-get", "download", "prometheus", cwd=folder)
-        _run("dpkg", "-x", next(folder.glob("*.deb")).name, ".", cwd=folder)
-        next(folder.glob("*.deb")).unlink()
-        shutil.move(folder / "usr/bin/promtool", folder / "promtool")
-        shutil.rmtree(folder / "usr")
 
-    return _once("promtool", unpack) / "promtool"
+def debootstrap() -> Path:
+    """Folder with Debian's package that makes a minimal Debian in a folder (`usr/sbin`, `usr/share`)."""
+    return _debian("debootstrap")
 
 
 def hadolint() -> Path:
@@ -77,6 +79,17 @@ def kuberay_crds() -> Path:
             "RLGAF_KUBERAY_CRDS names no folder with ray.io_rayjobs.yaml and its like (KubeRay v1.7.0)"
         )
     return Path(named)
+
+
+def _debian(package: str) -> Path:
+    """A package of this Debian, unpacked and not installed."""
+
+    def unpack(folder: Path) -> None:
+        _run("apt-get", "download", package, cwd=folder)
+        _run("dpkg", "-x", next(folder.glob("*.deb")).name, ".", cwd=folder)
+        next(folder.glob("*.deb")).unlink()
+
+    return _once(f"debian-{package}", unpack)
 
 
 def _packages(*requirements: str) -> Path:
