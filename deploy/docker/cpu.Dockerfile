@@ -26,10 +26,12 @@ RUN PYTHONPATH=/install/lib/python3.11/site-packages \
     python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM ${PYTHON_IMAGE}
+# The list has setuptools of its own, which would otherwise lie over the base image's, file by file.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
+    && python -m pip uninstall --yes --root-user-action=ignore setuptools wheel \
     && useradd --uid 1000 --user-group --create-home rlgaf \
     && install -d -o rlgaf -g rlgaf /runs /cache /data
 # Into the interpreter's own prefix: a login shell, which KubeRay may use, resets PATH to the system's.

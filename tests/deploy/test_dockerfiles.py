@@ -6,82 +6,72 @@ from pathlib import Path
 
 import pytest
 from chart import ROOT
+from dockerfile import Step, context, instructions, stages
 from fetched_tools import hadolint
 
 DOCKER = ROOT / "deploy" / "docker"
 pytestmark = pytest.mark.parametrize("kind", ["cpu", "gpu"])
 
 
-def instructions(kind: str) -> list[tuple[str, str]]:
-    """(instruction, arguments) in order, continued lines joined, comments left out."""
-    lines = [line for line in path(kind).read_text().splitlines() if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
-
-
 def path(kind: str) -> Path:
     return DOCKER / f"{kind}.Dockerfile"
 
 
-def final_stage(kind: str) -> list[tuple[str, str]]:
-    steps = instructions(kind)
-    last = max(i for i, (name, _) in enumerate(steps) if name == "FROM")
-    return steps[last:]
+def steps(kind: str) -> list[Step]:
+    return instructions(path(kind))
+
+
+def final_stage(kind: str) -> list[Step]:
+    return stages(path(kind))[-1].steps
 
 
 def test_packages_come_from_the_pinned_list(kind: str) -> None:
-    installs = [text for name, text in instructions(kind) if name == "RUN" and "pip install" in text]
+    installs = [step.text for step in steps(kind) if step.name == "RUN" and "pip install" in step.text]
     assert any(f"-r {kind}.txt" in text for text in installs)
     assert all("--no-deps" in text for text in installs)
-    assert any(name == "COPY" and f"requirements/{kind}.txt" in text for name, text in instructions(kind))
+    assert any(step.name == "COPY" and f"requirements/{kind}.txt" in step.text for step in steps(kind))
 
 
 def test_the_final_stage_holds_a_compiler_and_no_build_leftovers(kind: str) -> None:
-    stages = [text for name, text in instructions(kind) if name == "FROM"]
-    assert len(stages) == 3
-    runs = [text for name, text in final_stage(kind) if name == "RUN"]
-    (apt,) = (text for text in runs if "apt-get" in text)
+    assert len(stages(path(kind))) == 3
+    (apt,) = (step.text for step in final_stage(kind) if step.name == "RUN" and "apt-get" in step.text)
     assert "g++" in apt
     assert "--no-install-recommends" in apt
     assert "rm -rf /var/lib/apt/lists" in apt
-    assert not any(name == "COPY" and "--from" not in text for name, text in final_stage(kind))
+    assert not any(step.name == "COPY" and "from" not in step.flags for step in final_stage(kind))
 
 
 def test_not_root(kind: str) -> None:
-    users = [text for name, text in final_stage(kind) if name == "USER"]
-    assert users == ["1000:1000"]
-    after = final_stage(kind)[[name for name, _ in final_stage(kind)].index("USER") :]
-    assert "RUN" not in {name for name, _ in after}
+    names = [step.name for step in final_stage(kind)]
+    assert [step.text for step in final_stage(kind) if step.name == "USER"] == ["1000:1000"]
+    assert "RUN" not in names[names.index("USER") :]
 
 
 def test_the_base_image_is_pinned_and_matches_python(kind: str) -> None:
-    (base,) = (text for name, text in instructions(kind) if name == "ARG")
-    assert re.fullmatch(r"PYTHON_IMAGE=python:3\.11\.\d+-slim-bookworm", base)
-    assert all(text.startswith("${PYTHON_IMAGE}") or text.startswith("packages") for _, text in _froms(kind))
-
-
-def _froms(kind: str) -> list[tuple[str, str]]:
-    return [step for step in instructions(kind) if step[0] == "FROM"]
+    bases = {stage.base for stage in stages(path(kind))} - {stage.name for stage in stages(path(kind))}
+    (base,) = bases
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base)
 
 
 def test_no_secrets(kind: str) -> None:
+    """Nothing is written down, and the build sees only what some COPY asks for."""
     assert not re.search(r"(?i)(token|password|secret|api_?key)\s*=", path(kind).read_text())
-    ignore = Path(f"{path(kind)}.dockerignore").read_text().split("\n")
-    kept = [line[1:] for line in ignore if line.startswith("!")]
-    assert "*" in ignore
     copied = {
         word.rstrip("/")
-        for name, text in instructions(kind)
-        if name == "COPY" and "--from" not in text
-        for word in text.split()[:-1]
+        for step in steps(kind)
+        if step.name == "COPY" and "from" not in step.flags
+        for word in step.text.split()[:-1]
     }
-    roots = {re.sub(r"/\*\.txt$", "", entry) for entry in kept}
-    assert {word.removesuffix(f"/{kind}.txt") for word in copied} <= roots
+    seen = {str(file) for file in context(ROOT, Path(f"{path(kind)}.dockerignore"))}
     assert all((ROOT / word).exists() for word in copied)
+    assert copied <= seen | {file.split("/")[0] for file in seen}
+    others = {file for file in seen if file not in copied and file.split("/")[0] not in copied}
+    assert others <= {"Makefile"} | {f"requirements/{item.name}" for item in ROOT.glob("requirements/*.txt")}
+    assert not [file for file in seen if "__pycache__" in file]
 
 
 def test_it_says_whether_it_is_healthy(kind: str) -> None:
-    assert [name for name, _ in final_stage(kind)].count("HEALTHCHECK") == 1
+    assert [step.name for step in final_stage(kind)].count("HEALTHCHECK") == 1
 
 
 def test_hadolint(kind: str) -> None:
