@@ -74,8 +74,8 @@ METRICS: tuple[Metric, ...] = (
         "rlgaf_phase_seconds",
         "histogram",
         "Seconds of a step spent in a phase (generate, score, learn, sync, discriminate, evaluate, "
-        "checkpoint, wait for discriminator, warm-up); phases overlap. Its sum is Ray's estimate from the "
-        "buckets",
+        "checkpoint, mirror, wait for discriminator, warm-up); phases overlap. Its sum is Ray's estimate "
+        "from the buckets",
         key="seconds/",
         label="phase",
         boundaries=SECONDS,
