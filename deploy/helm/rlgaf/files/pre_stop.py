@@ -9,6 +9,7 @@ give up after the seconds given, which lie inside the pod's grace period.
 """
 
 import os
+import socket
 import sys
 import time
 from typing import Any
@@ -35,13 +36,30 @@ def wait_for_jobs(client: Any, deadline: float, *, stop: bool) -> bool:
     return True
 
 
+def head_address() -> str:
+    """The head's address on a worker.
+
+    KubeRay gives every worker the name of the head's service. With a RayJob or RayCluster that is deleted the
+    service goes too, perhaps before this pod is asked to: then this node's own connection to the head tells.
+    """
+    import psutil
+
+    try:
+        return socket.gethostbyname(os.environ["FQ_RAY_IP"])
+    except socket.gaierror:
+        raylets = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"]
+        for connection in (found for raylet in raylets for found in raylet.net_connections("tcp")):
+            if connection.raddr and connection.raddr.port == int(os.environ["RAY_PORT"]):
+                return str(connection.raddr.ip).removeprefix("::ffff:")
+        raise
+
+
 def main(role: str, seconds: float) -> None:
     """See the module's docstring."""
     from ray.job_submission import JobSubmissionClient
 
-    # KubeRay gives every worker the name of the head's service.
-    host = "127.0.0.1" if role == "head" else os.environ["FQ_RAY_IP"]
     try:
+        host = "127.0.0.1" if role == "head" else head_address()
         client = JobSubmissionClient(f"http://{host}:8265")
         wait_for_jobs(client, time.monotonic() + seconds, stop=role == "head")
     except OSError as error:
