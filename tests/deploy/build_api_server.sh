@@ -9,8 +9,9 @@
 # BUILD names the scratch folder (default: FOLDER/build), GOFLAGS=-p=1 builds with one compiler at a time.
 #
 # etcd 3.5.1 comes inside a Python package. kube-apiserver is built from Debian's source package of Kubernetes 1.20.2,
-# the newest API server that Debian carries, with the Go of Debian 12. One line is changed: Go 1.18 and later compare
-# a reflect.Value with the zero value differently, so that the server would take every CRD's empty strings for null.
+# the newest API server that Debian carries, with the Go of Debian 12. Two things are older than Go 1.18 and changed:
+# a comparison with the zero value, by which the server would take every CRD's empty strings for null, and the way
+# reflect2 asks the runtime for a map iterator, which would crash the server with the first custom resource.
 set -euo pipefail
 
 folder=$(mkdir -p "${1:?usage: build_api_server.sh FOLDER}" && cd "$1" && pwd)
@@ -51,6 +52,21 @@ if [[ ! -x $folder/kube-apiserver ]]; then
     sed -i 's/if data == nil || reflect.DeepEqual(reflect.Zero(reflect.TypeOf(data)), reflect.ValueOf(data)) {/if data == nil {/' "$file"
     if grep -q 'data == nil || reflect' "$file"; then echo "$file is not what this script patches" >&2; exit 1; fi
   done
+  python3 - <<'PATCH'
+from pathlib import Path
+
+folder = Path("vendor/github.com/modern-go/reflect2")
+for name, old, new in (
+    ("unsafe_link.go", "m unsafe.Pointer) *hiter", "m unsafe.Pointer, it *hiter)"),
+    ("unsafe_link.go", "// rest fields are ignored", "rest [12]uintptr // the runtime's own, with room to spare"),
+    ("unsafe_map.go", "\treturn &UnsafeMapIterator{\n\t\thiter:      mapiterinit(type2.rtype, *(*unsafe.Pointer)(obj)),",
+     "\tvar it hiter\n\tmapiterinit(type2.rtype, *(*unsafe.Pointer)(obj), &it)\n\treturn &UnsafeMapIterator{\n\t\thiter:      &it,"),
+):
+    text = (folder / name).read_text()
+    if new not in text:
+        assert text.count(old) == 1, f"{name} is not what this script patches"
+        (folder / name).write_text(text.replace(old, new))
+PATCH
   env -u GOPATH -u GOROOT PATH="$build/go:$build/go/usr/lib/go-1.19/bin:$PATH" HOME="$build" CGO_ENABLED=0 \
     make WHAT=cmd/kube-apiserver
   install -m 755 _output/local/go/bin/kube-apiserver "$folder/kube-apiserver"

@@ -30,7 +30,7 @@ MORE_STEPS = 3
 RUN = """
 [run]
 name = "demo"
-steps = 400
+steps = 2000
 prompts_per_step = 4
 checkpoint_every = 0
 [data]

@@ -1,6 +1,7 @@
-{{/* What the job runs. In mode RayCluster NOTES.txt prints it for `ray job submit`. */}}
+{{/* What the job runs. In mode RayCluster NOTES.txt prints it for `ray job submit`. Ray runs it in a shell: without exec a stopped driver would
+become a child of the container's first process, `ray start`, which never collects it, and the job would count as running for all of stop.jobWaitSeconds. */}}
 {{- define "rlgaf.entrypoint" -}}
-python /etc/rlgaf/scripts/start.py /etc/rlgaf/run/run.toml /etc/rlgaf/run/overrides.json
+exec python /etc/rlgaf/scripts/start.py /etc/rlgaf/run/run.toml /etc/rlgaf/run/overrides.json
 {{- if .Values.autoscaling.enabled }} --bring-up {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}{{ end }}
 {{- end -}}
 
