@@ -107,7 +107,9 @@ def prepare(
         words = ["/dev/null", *(f"--{name}={_word(value)}" for name, value in settings.items())]
     return Submission(
         address=address.rstrip("/"),
-        entrypoint=["rlgaf", "train", *words, *["--auto-resume"] * resume],
+        # `exec`: a driver that is a child of the job's shell becomes a zombie when the shell is stopped in a
+        # container whose first process reaps none, and Ray would wait for it to end.
+        entrypoint=["exec", "rlgaf", "train", *words, *["--auto-resume"] * resume],
         run=str(config.folder),
         working_dir=sent.root if sent is not None else None,
         image=image,

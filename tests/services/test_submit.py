@@ -62,7 +62,7 @@ def test_the_files_that_travel_are_those_in_rays_own_package(project, tmp_path):
 
 def test_a_submission_with_a_working_directory(project):
     submission = sent(project, "--run.steps=5", resume=True, driver_cpus=1, stop_wait_s=60)
-    assert submission.entrypoint == ["rlgaf", "train", "run.toml", "--run.steps=5", "--auto-resume"]
+    assert submission.entrypoint == ["exec", "rlgaf", "train", "run.toml", "--run.steps=5", "--auto-resume"]
     assert submission.run == "/shared/runs/run"
     words = shlex.split(submission.plain_line())
     assert words[:5] == ["ray", "job", "submit", "--address", ADDRESS]
@@ -78,8 +78,8 @@ def test_a_submission_with_a_working_directory(project):
 def test_without_a_working_directory_the_settings_travel_in_the_entrypoint(project):
     overrides = ["--data.demonstrations=/data/d.jsonl", "--policy.model=org/model", "--run.seed", "7"]
     submission = sent(project, *overrides, working_dir=None)
-    assert submission.entrypoint[:3] == ["rlgaf", "train", "/dev/null"]
-    there = load(Path("/dev/null"), shlex.split(submission.command)[3:])
+    assert submission.entrypoint[:4] == ["exec", "rlgaf", "train", "/dev/null"]
+    there = load(Path("/dev/null"), shlex.split(submission.command)[4:])
     assert there == load(project / "run.toml", overrides)
     assert list(there.learner.betas) == [0.8, 0.9]
 
