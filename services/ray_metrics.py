@@ -6,14 +6,18 @@ exported.begin()                                # bounds and start time
 exported.step(row, previous)                    # rows as MetricsLog.log returns them
 exported.alarms(raised, active)
 watching = asyncio.create_task(exported.watch_workers(lambda: system.fleet.actors))
+exported.close()                                # before Ray is left
 
-Ray keeps a gauge's last value until the driver ends. A number that is not finite is left out, because Ray
-drops it: the gauge keeps its last finite value, and the alarm `not_finite` is active. Ray's counters cannot
+Ray forgets a gauge that was not set again within two of its export intervals (20 s by default), so a thread
+of the driver repeats all of them, also while the loop is busy or hangs; they end with the driver. A number
+that is not finite is left out, because Ray drops it: the gauge keeps its last finite value, and the alarm
+`not_finite` is active. Ray's counters cannot
 be set to 0: a series begins with its first event, and queries have to allow for that (rules.yaml).
 """
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,8 @@ from services.watching.alarms import CHECKS, Alarm
 
 PROBE_EVERY_S = 15.0
 PROBE_DEADLINE_S = 30.0
+REPEAT_EVERY_S = 1.0
+"""The shortest export interval that Ray knows."""
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
@@ -90,11 +96,23 @@ class RunMetrics:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._instruments: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, str], Sample] = {}
+        """Newest sample of every gauge, by name and label."""
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._repeating = threading.Thread(target=self._repeat, name="gauges", daemon=True)
 
     def begin(self) -> None:
-        """Set what does not change: bounds, wanted numbers, start time."""
+        """Set what does not change (bounds, wanted numbers, start time), and keep all gauges alive."""
         self._tell(setting_samples(self._config))
         self._tell([Sample(BY_NAME["rlgaf_start_timestamp_seconds"], time.time())])
+        self._repeating.start()
+
+    def close(self) -> None:
+        """Repeat no more. Harmless when repeated, or without `begin`."""
+        self._closed.set()
+        if self._repeating.is_alive():
+            self._repeating.join()
 
     def step(self, row: Row, previous: Row | None) -> None:
         """Set everything that the step's row has."""
@@ -111,7 +129,19 @@ class RunMetrics:
             self._tell([Sample(BY_NAME["rlgaf_rollout_workers_healthy"], float(sum(answers)))])
             await asyncio.sleep(PROBE_EVERY_S)
 
+    def _repeat(self) -> None:
+        while not self._closed.wait(REPEAT_EVERY_S):
+            self._tell([])
+
     def _tell(self, samples: Sequence[Sample]) -> None:
+        """Record new samples, and the newest of every other gauge once more."""
+        with self._lock:
+            new = {(sample.metric.name, sample.label): sample for sample in samples}
+            gauges = {key: sample for key, sample in new.items() if sample.metric.kind == "gauge"}
+            self._record([*samples, *(kept for key, kept in self._gauges.items() if key not in gauges)])
+            self._gauges |= gauges
+
+    def _record(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             metric, tags = sample.metric, {"run": self._config.run.name}
             if metric.label:

@@ -175,6 +175,7 @@ class _Run:
             await self.system.abort()
             return FAILED
         finally:
+            self.exported.close()
             self.log.close()
 
     def _interrupt(self, work: "asyncio.Future[int]") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,40 @@ def test_alarms_are_counted_when_raised_and_shown_while_active():
     assert {label for name, label in values if name == "rlgaf_alarm_active"} == set(CHECKS)
 
 
+def test_gauges_are_repeated_until_the_end(monkeypatch):
+    """Ray forgets those that are not; counters would count twice."""
+    recorded: list[list[tuple[str, float]]] = []
+    exported = RunMetrics(CONFIG)
+    monkeypatch.setattr("services.ray_metrics.REPEAT_EVERY_S", 0.01)
+    monkeypatch.setattr(
+        exported, "_record", lambda samples: recorded.append([(s.metric.name, s.value) for s in samples])
+    )
+    exported.begin()
+    exported.step({"step": 3, "policy/tokens_response": 5}, None)
+    exported.step({"step": 4}, None)
+    told_by_then = len(recorded)
+    deadline = time.monotonic() + 30
+    while len(recorded) < told_by_then + 2:
+        assert time.monotonic() < deadline, "nothing was repeated"
+        time.sleep(0.01)
+    exported.close()
+    ended = len(recorded)
+    assert [name for one in recorded for name, _ in one].count("rlgaf_tokens_total") == 1
+    for one in recorded[told_by_then:]:
+        assert ("rlgaf_step", 4) in one
+        assert ("rlgaf_steps_wanted", CONFIG.run.steps) in one
+        assert len(one) == len(dict(one))
+    time.sleep(0.1)
+    assert len(recorded) == ended
+
+
 def test_rays_instruments_take_every_sample(rows):
     before, row = rows
     exported = RunMetrics(CONFIG)
     exported.begin()
     exported.step(row | {"rollout/sync_failures": 1, "rollout/replacements": 1}, before)
     exported.alarms([Alarm(4, "mode_collapse", "…")], ["mode_collapse"])
+    exported.close()
     made = {name: instrument.info for name, instrument in exported._instruments.items()}
     assert set(made) == {metric.name for metric in METRICS} - {"rlgaf_rollout_workers_healthy"}
     for metric in METRICS:
