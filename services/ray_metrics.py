@@ -11,8 +11,8 @@ exported.close()                                # before Ray is left
 Ray forgets a gauge that was not set again within two of its export intervals (20 s by default), so a thread
 of the driver repeats all of them, also while the loop is busy or hangs; they end with the driver. A number
 that is not finite is left out, because Ray drops it: the gauge keeps its last finite value, and the alarm
-`not_finite` is active. Ray's counters cannot
-be set to 0: a series begins with its first event, and queries have to allow for that (rules.yaml).
+`not_finite` is active. Ray's counters cannot be set to 0: a series begins with its first event, and queries
+have to allow for that (rules.yaml).
 """
 
 import asyncio
@@ -112,7 +112,7 @@ class RunMetrics:
         """Repeat no more. Harmless when repeated, or without `begin`."""
         self._closed.set()
         if self._repeating.is_alive():
-            self._repeating.join()
+            self._repeating.join(timeout=REPEAT_EVERY_S + 5)  # a daemon: it may stay behind
 
     def step(self, row: Row, previous: Row | None) -> None:
         """Set everything that the step's row has."""
