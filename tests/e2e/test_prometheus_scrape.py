@@ -27,7 +27,7 @@ from scraping import EVERY, Prometheus
 from services.jobs.cluster import LOCAL, LocalCluster, Ports, down, up
 from services.metric_names import METRICS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 RUN, STEPS = "scraped", 14
 KILL_AFTER, STALL_S = 5, 8.0
 """The worker dies after this step; generation of the next one is done after so many seconds for certain."""
