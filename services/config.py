@@ -97,6 +97,11 @@ class Config(Section):
             problems.append("policy.model is empty: give a hub name or the folder of a causal language model")
         if not self.data.demonstrations:
             problems.append("data.demonstrations is empty: give a JSONL or Parquet file or a dataset folder")
+        if "://" in self.run.output:
+            problems.append(
+                f'run.output = "{self.run.output}" is no folder: name a local or shared one, and give the URL as '
+                "run.mirror"
+            )
         if self.run.mirror and "://" not in self.run.mirror:
             problems.append(
                 f'run.mirror = "{self.run.mirror}" is no URL: give one like s3://bucket/runs, or leave it out'

@@ -138,6 +138,13 @@ def test_a_path_is_no_url(tmp_path: Path) -> None:
         _config(tmp_path, str(tmp_path))
 
 
+def test_a_url_is_no_folder_for_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give the URL as run\.mirror"):
+        Config.model_validate(
+            {"run": {"output": "s3://bucket/runs"}, "policy": {"model": "m"}, "data": {"demonstrations": "d"}}
+        )
+
+
 def test_storage_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
