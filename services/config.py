@@ -99,8 +99,7 @@ class Config(Section):
             problems.append("data.demonstrations is empty: give a JSONL or Parquet file or a dataset folder")
         if "://" in self.run.output:
             problems.append(
-                f'run.output = "{self.run.output}" is no folder: name one, and give the URL as '
-                "run.mirror"
+                f'run.output = "{self.run.output}" is no folder: name one, and give the URL as run.mirror'
             )
         if self.run.mirror and "://" not in self.run.mirror:
             problems.append(
