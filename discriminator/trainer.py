@@ -11,7 +11,6 @@ gives the old version again.
 
 import json
 import logging
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from discriminator.calibration import calibration
 from discriminator.canonical import JUDGED_COLUMNS, Encoded
 from discriminator.config import DiscriminatorConfig
+from discriminator.draws import demonstration_rows, rollout_batches
 from discriminator.health import HealthGate, HealthReading, HealthState, Transition
 from discriminator.losses import balanced_weights, judged_metrics
 from discriminator.model import (
@@ -265,7 +265,7 @@ class DiscriminatorTrainer:
         """One optimizer update on these rollouts and demonstrations drawn for them."""
         config = self.config
         rng = np.random.default_rng([self.seed, step + 1, number, 1])
-        chosen = demonstrations.take(self._draw_demonstrations(rollouts, demonstrations, rng))
+        chosen = self._draw_demonstrations(rollouts, demonstrations, rng)
         tables = [chosen, rollouts]
         if added := round(config.perturbed_fraction * rollouts.num_rows):
             tables.append(perturbed(chosen, added, np.random.default_rng([self.seed, step + 1, number, 2])))
@@ -310,41 +310,23 @@ class DiscriminatorTrainer:
         return matched, {"length_overlap": overlap}
 
     def _plan(self, rollouts: pa.Table, steps: int, step: int) -> list[NDArray[np.int64]]:
-        """Rows of each step's rollouts: whole passes in shuffled order of prompts, so that batches share
-        prefixes and every rollout is used about equally often."""
+        """Rows of each step's rollouts."""
         if steps == 0:
             return []
         if rollouts.num_rows == 0:
             raise ValueError(f"step {step}: the discriminator was given no rollouts")
         rng = np.random.default_rng([self.seed, step + 1, 0])
-        by_prompt: dict[str, list[int]] = defaultdict(list)
-        for row, prompt in enumerate(rollouts["prompt_id"].to_pylist()):
-            by_prompt[prompt].append(row)
-        groups = [np.array(rows) for rows in by_prompt.values()]
-        size = min(self.config.batch_size, rollouts.num_rows)
-        plan: list[NDArray[np.int64]] = []
-        while len(plan) < steps:
-            order = np.concatenate([groups[i] for i in rng.permutation(len(groups))])
-            plan += [order[begin : begin + size] for begin in range(0, len(order) - size + 1, size)]
-        return plan[:steps]
+        return rollout_batches(rollouts, steps, self.config.batch_size, rng)
 
     def _draw_demonstrations(
         self, rollouts: pa.Table, demonstrations: pa.Table, rng: np.random.Generator
-    ) -> NDArray[np.int64]:
-        """Rows of the demonstrations of a step: those of the rollouts' prompts (paired), others where they
-        are few."""
-        total = demonstrations.num_rows
-        if total == 0:
+    ) -> pa.Table:
+        if demonstrations.num_rows == 0:
             raise ValueError("the discriminator was given no demonstrations")
-        order = rng.permutation(total)
-        if not self.config.pair_demonstrations:
-            return np.sort(order[: rollouts.num_rows])
-        prompts = set(rollouts["prompt_id"].to_pylist())
-        ids = demonstrations["prompt_id"].to_pylist()
-        paired = [row for row in order if ids[row] in prompts][: rollouts.num_rows]
-        missing = max(0, self.config.min_demonstrations - len(paired))
-        others = [row for row in order if ids[row] not in prompts][:missing]
-        return np.sort(np.array(paired + others, dtype=np.int64))
+        paired, at_least = self.config.pair_demonstrations, self.config.min_demonstrations
+        return demonstrations.take(
+            demonstration_rows(rollouts, demonstrations, paired=paired, at_least=at_least, rng=rng)
+        )
 
     def _encode(self, table: pa.Table) -> list[Encoded]:
         missing = [name for name in JUDGED_COLUMNS if name not in table.column_names]

@@ -19,10 +19,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -149,7 +149,7 @@ def up(
     cluster = LocalCluster(process.pid, created, host, ports, token, str(logs / "session_latest" / "logs"))
     (folder() / f"cluster-{ports.gcs}.json").write_text(json.dumps(asdict(cluster)))
     deadline = time.monotonic() + UP_DEADLINE_S
-    while not _takes_jobs(host, ports.dashboard):
+    while not _ready(host, ports.dashboard):
         if process.poll() is not None or time.monotonic() > deadline:
             _end(cluster)
             raise ConfigError(f"Ray did not come up; its last words ({log}):\n{_tail(log)}")
@@ -235,16 +235,25 @@ def _environment(token: bool, stop_wait_s: int) -> dict[str, str]:
     }
 
 
-def _takes_jobs(host: str, port: int) -> bool:
-    """Whether the dashboard lists jobs; asked with the token, which a cluster without one ignores."""
-    request = urllib.request.Request(f"http://{host}:{port}/api/jobs/")
+def _ready(host: str, port: int) -> bool:
+    """Whether the dashboard lists jobs, and a node that they can run on."""
+    if _ask(host, port, "/api/jobs/") is None:
+        return False
+    nodes = _ask(host, port, "/api/v0/nodes")
+    return nodes is not None and any(node["state"] == "ALIVE" for node in nodes["data"]["result"]["result"])
+
+
+def _ask(host: str, port: int, path: str) -> Any:
+    """The dashboard's JSON answer, None where there is none yet; asked with the token, which a cluster
+    without one ignores."""
+    request = urllib.request.Request(f"http://{host}:{port}{path}")
     if value := token_value():
         request.add_header("Authorization", f"Bearer {value}")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+            return json.load(answer)
+    except OSError:  # which HTTP errors are too
+        return None
 
 
 def _listens(host: str, port: int) -> bool:

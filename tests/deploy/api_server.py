@@ -9,7 +9,6 @@ controllers do (garbage collection, volumes, jobs) does not happen unless a test
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from free_ports import free_ports
 
 START_S = 120.0
 STOP_S = 30.0
@@ -136,7 +136,7 @@ def wait(
 def api_server(folder: Path) -> Iterator[ApiServer]:
     """A server with an empty etcd; all of it lives in `folder` and ends with the block."""
     programs = binaries()
-    client, peer, port = _free_ports(3)
+    client, peer, port = free_ports(3)
     etcd = f"http://127.0.0.1:{client}"
     token = secrets.token_hex(16)
     key = folder / "service-account.key"
@@ -219,9 +219,3 @@ def _process(program: Path, arguments: list[Any], log: Path) -> Iterator[None]:
 def tail(log: Path, lines: int = 15) -> str:
     """The last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else "(no log)"
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as probes:
-        found = [probes.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in found]

@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -90,15 +89,6 @@ def environment() -> dict[str, str]:
     monitor, which would end the run for the memory of others."""
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return own | {"OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine on which nothing listens."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def alive(processes: list[psutil.Process], grace_s: float = 10.0) -> list[str]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import yaml
-from launching import free_ports
+from free_ports import free_ports
 
 READY_S = 120.0
 EVERY = "1s"

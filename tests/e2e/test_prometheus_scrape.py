@@ -20,7 +20,8 @@ import psutil
 import pytest
 from chart import EXAMPLES, NAMESPACE, groups, one, render
 from fetched_tools import prometheus
-from launching import ROOT, START_S, environment, free_ports
+from free_ports import free_ports
+from launching import ROOT, START_S, environment
 from monitoring import ALERTS, DASHBOARD, RULES, exported, queries, scrape_config
 from scraping import EVERY, Prometheus
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import ROOT, START_S, environment, free_ports
+from free_ports import free_ports
+from launching import ROOT, START_S, environment
 
 from services.metric_names import HAPPENED, METRICS
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from free_ports import free_ports
 
 from services.config import ConfigError
 from services.jobs import cluster
@@ -24,14 +25,6 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("XDG_STATE_HOME", cluster.TOKEN, cluster.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def written(process: "psutil.Process | subprocess.Popen[bytes]", port: int, created: float) -> LocalCluster:
