@@ -52,7 +52,7 @@ def run_full_steps(workload: Workload, repeats: int, data: dict[str, Any], log: 
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
         raise RuntimeError(f"rlgaf train ended with code {process.returncode}; the end of {log}:\n{tail}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    _, *rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     details = [
         {"seconds": later["time"] - earlier["time"]}
         | {f"{phase}_s": later[f"seconds/{phase}"] for phase in PHASES}

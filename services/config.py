@@ -74,6 +74,10 @@ class RunSection(Section):
     """Deadline of one copy. Training waits for it; one that fails is tried again at the next checkpoint, and
     the run fails if the last one does."""
 
+    wandb: str = ""
+    """Weights & Biases project, or entity/project, that metrics, alarms and the closing table are sent to;
+    account and server come from wandb's own variables."""
+
     exact: bool = False
     """Number-for-number repeatable and resumable: needs both lags 0; costs some generation speed."""
 

@@ -259,6 +259,34 @@ METRICS: tuple[Metric, ...] = (
     Metric("rlgaf_rollout_workers_wanted", "gauge", "Rollout workers of the run", setting="rollout.workers"),
     # Evaluation, alarms, memory
     Metric(
+        "rlgaf_evaluation_c2st_ratio",
+        "gauge",
+        "Accuracy of a fresh classifier that tells human from model; 0.5 means it cannot",
+        key="evaluation/c2st",
+        when=EVALUATED,
+    ),
+    Metric(
+        "rlgaf_evaluation_nll_nats",
+        "gauge",
+        "Negative log-likelihood of human answers under the policy, per token",
+        key="evaluation/nll",
+        when=EVALUATED,
+    ),
+    Metric(
+        "rlgaf_evaluation_coverage_ratio",
+        "gauge",
+        "Share of human answers with a model answer in their neighbourhood",
+        key="evaluation/coverage",
+        when=EVALUATED,
+    ),
+    Metric(
+        "rlgaf_evaluation_distinct_2_ratio",
+        "gauge",
+        "Share of distinct bigrams in the model's answers",
+        key="evaluation/distinct_2",
+        when=EVALUATED,
+    ),
+    Metric(
         "rlgaf_monitor_mode_share_ratio",
         "gauge",
         "Effective number of modes, as a share of the humans'",

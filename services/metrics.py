@@ -1,8 +1,9 @@
 """What a run records about itself: one row per step, seconds and tokens per phase, memory.
 
-`metrics.jsonl` holds one strict-JSON object per step, steps strictly increasing, written in one call and
-flushed: a kill can cut the last line only, and `truncate_after` drops it. What is not finite is null there
-(JSON has no NaN); `services.watching.alarms` looks at the rows before that.
+`metrics.jsonl` holds one strict-JSON object per step, steps strictly increasing, each with the evaluation
+that followed it; step 0 is the base's. A row is written in one call and flushed: a kill can cut the last line
+only, and `truncate_after` drops it. What is not finite is null there (JSON has no NaN);
+`services.watching.alarms` looks at the rows before that.
 """
 
 import json
@@ -103,7 +104,8 @@ class MetricsLog:
         return len(rows)
 
     def log(self, step: int, values: Mapping[str, Any]) -> Row:
-        """Write one step; returns the flat row (NaN still in it). ValueError on a step that is not new."""
+        """Write one step; returns the flat row (NaN still in it). `time` is now unless `values` has it.
+        ValueError on a step that is not new."""
         if self._last is not None and step <= self._last:
             raise ValueError(f"metrics of step {step} come after those of step {self._last}")
         flat = flatten(values)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from services.supervised.controller import SupervisedController
     from services.supervised.system import SupervisedSystem
     from services.system import System
+    from services.wandb_run import WandbRun
     from services.watching.watch import Watch
 
 INTERRUPTED = 130
@@ -84,7 +85,21 @@ def run(config: Config, *, resume: bool) -> int:
         config = plan.settle(config)
         for line in plan.lines():
             console.print(f"plan: {line}", highlight=False, markup=False)
-        return asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console).main())
+        tracker = _tracker(config, console)
+        code = asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console, tracker).main())
+        if tracker is not None:
+            tracker.finish(code)
+        return code
+
+
+def _tracker(config: Config, console: Console) -> "WandbRun | None":
+    if not config.run.wandb:
+        return None
+    from services.wandb_run import WandbRun
+
+    tracker = WandbRun(config)
+    console.print(f"Weights & Biases: {tracker.address}", highlight=False, markup=False)
+    return tracker
 
 
 def _skipped(reasons: dict[str, int]) -> str:
@@ -103,6 +118,7 @@ class _Run:
         checkpoints: Checkpoints,
         resume: bool,
         console: Console,
+        tracker: "WandbRun | None",
     ) -> None:
         from services.display import Display
         from services.evaluator import Evaluator
@@ -115,7 +131,8 @@ class _Run:
         self.began = time.monotonic()
         self.earlier_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
-        self.watched: dict[str, Any] = {}
+        self.row: dict[str, Any] = {}
+        """Metrics of the step that was just made; written once its evaluation, where one is due, is known."""
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
         start = checkpoints.steps()[-1] if resume else 0
@@ -125,6 +142,7 @@ class _Run:
         self.log = MetricsLog(config.folder)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.exported = RunMetrics(config)
+        self.tracker = tracker
         self.system, self.controller, self.watch = self._parts(plan, splits, renderer)
         self.evaluator = Evaluator(config, self.system, self.display.note)
 
@@ -216,6 +234,7 @@ class _Run:
         await self.watch.begin(self.display.note)
         self.display.note("evaluating the base model")
         await self._evaluate(0)
+        self._record(0)
         if self.config.run.method != "sft":
             await self._warm_up()
 
@@ -246,15 +265,18 @@ class _Run:
         run = self.config.run
         if step % self.config.evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
+        self._record(step)
         if run.checkpoint_every and step % run.checkpoint_every == 0:
             await self._save()
 
     async def _evaluate(self, step: int) -> None:
         with self.controller.timer("evaluate"):
-            row, samples = await self.evaluator.selection(step)
+            measured, samples = await self.evaluator.selection(step)
+        interval = f"[{measured['c2st_low']:.3f}, {measured['c2st_high']:.3f}]"
         self.display.note(
-            f"step {step}: C2ST {row['c2st']:.3f} [{row['c2st_low']:.3f}, {row['c2st_high']:.3f}]  "
-            f"NLL {row['nll']:.3f}  distinct-2 {row['distinct_2']:.3f}  coverage {row['coverage']:.3f}"
+            f"step {step}: C2ST {measured['c2st']:.3f} {interval}"
+            f"  NLL {measured['nll']:.3f}  distinct-2 {measured['distinct_2']:.3f}"
+            f"  coverage {measured['coverage']:.3f}"
         )
         for sample in samples:
             self.display.note(
@@ -262,15 +284,20 @@ class _Run:
             )
         await self.controller.quiesce()  # or timing would decide which discriminator judges the probes
         with self.controller.timer("evaluate"):
-            self.watched = await self.watch.evaluated(step, self.evaluator)
-        row.update(flatten(self.watched))
-        self._raise_alarms([*self.rows, {"step": step, **flatten(self.watched)}])
+            watched = await self.watch.evaluated(step, self.evaluator)
+        self.row |= {"evaluation": dict(measured), **watched}
+        measured.update(flatten(watched))
 
     def observe(self, step: int, values: dict[str, Any]) -> None:
-        """Record one step's metrics (with what the evaluation before it saw), raise alarms, show progress."""
-        row = self.log.log(step, {**values, **self.watched})
-        self.watched = {}
+        """Take the metrics of the step that was just made."""
+        self.row = {"time": time.time(), **values}
+
+    def _record(self, step: int) -> None:
+        """Write the step's row, raise alarms, show progress. Step 0 is the base's evaluation."""
+        row, self.row = self.log.log(step, self.row), {}
         self.exported.step(row, self.rows[-1] if self.rows else None)
+        if self.tracker is not None:
+            self.tracker.step(row)
         self.rows.append(row)
         if "selection/nll" in row:
             self.display.note(
@@ -279,14 +306,17 @@ class _Run:
             )
         if "discriminator/transition" in row:
             self.display.note(f"health: {row['discriminator/transition']}")
-        self._raise_alarms(self.rows)
-        self.display.step(step, row)
+        self._raise_alarms()
+        if step > 0:
+            self.display.step(step, row)
 
-    def _raise_alarms(self, rows: list[dict[str, Any]]) -> None:
-        raised = self.alarms.check(rows)
+    def _raise_alarms(self) -> None:
+        raised = self.alarms.check(self.rows)
         for alarm in raised:
             self.display.note(f"alarm: {alarm.name}: {alarm.message}")
         self.exported.alarms(raised, self.alarms.state_dict()["active"])
+        if self.tracker is not None:
+            self.tracker.alarms(raised)
 
     async def _save(self) -> None:
         with self.controller.timer("checkpoint"):
@@ -300,7 +330,6 @@ class _Run:
                 "evaluator": self.evaluator.state(),
                 "alarms": self.alarms.state_dict(),
                 "watch": self.watch.state(),
-                "watched": self.watched,
                 "warm": self.warm,
                 "seconds": self.earlier_seconds + time.monotonic() - self.began,
             }
@@ -330,7 +359,6 @@ class _Run:
         self.evaluator.load_state(state["evaluator"])
         self.alarms.load_state_dict(state["alarms"])
         self.watch.load_state(state["watch"])
-        self.watched = state["watched"]
         self.warm = state["warm"]
         self.earlier_seconds = state["seconds"]
         self.log.truncate_after(self.controller.step)
@@ -371,6 +399,8 @@ class _Run:
             method=method_title(config),
             budget=self.controller.budget.state(),
         )
+        if self.tracker is not None:
+            self.tracker.closing(evaluation)
         print_report(self.console, evaluation, phases, self.alarms.raised, samples, wall)
         self.console.print(
             f"everything is in {folder}: report.md, summary.json, metrics.jsonl, samples/, best/, last/"

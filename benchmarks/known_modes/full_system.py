@@ -27,7 +27,9 @@ def keep(run: Path, grid: str, cell: str, results: Path) -> Path:
     # What a result keeps must mean the same on another machine.
     del config["run"]["output"]
     config["policy"]["model"] = "/".join(Path(config["policy"]["model"]).parts[-2:])
-    rows = [{"step": row["step"], **recorded(row)} for row in read_metrics(run / "metrics.jsonl")]
+    rows = [
+        {"step": row["step"], **recorded(row)} for row in read_metrics(run / "metrics.jsonl") if row["step"]
+    ]
     result: store.Result = {
         "grid": grid,
         "cell": f"{cell}, full system",

@@ -84,7 +84,7 @@ class Run:
         self.say = say
         self.outcome = Outcome()
         self.rows: list[Row] = []
-        self.watched: Row = {}
+        self.row: Row = {}
         self.window = ModeWindow(target)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.known_alarms = Alarms()
@@ -131,6 +131,7 @@ class Run:
         outcome, controller = self.outcome, self.controller
         await self.watch.begin(self.say)
         await self._evaluate(0)
+        self._record(0)
         if self.config.run.method != "sft":
             with controller.timer("warm-up"):
                 outcome.warm_up = await self.system.warm_up(self.say)
@@ -160,31 +161,36 @@ class Run:
     async def _after_step(self, step: int) -> None:
         if step % self.config.evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
+        self._record(step)
 
     async def _evaluate(self, step: int) -> None:
         with self.controller.timer("evaluate"):
             row, _ = await self.judge.selection(step)
-            self.watched = await self.watch.evaluated(step, self.judge)
+            watched = await self.watch.evaluated(step, self.judge)
+        self.row |= {"evaluation": dict(row), **watched}
         human = first_prompts(self.system.splits.selection, self.config.evaluation.prompts)
         known = known_mode_monitors(
             human["response"].to_pylist(), self.judge.responses["response_text"].to_pylist()
         )
         self._known.append({"step": step, **flatten({"monitor": known})})
         self.known_alarms.check(self._known)
-        self.outcome.curve.append({"step": step, **row, **flatten(self.watched), **flatten({"known": known})})
-        self.alarms.check([*self.rows, {"step": step, **flatten(self.watched)}])
+        self.outcome.curve.append({"step": step, **row, **flatten(watched), **flatten({"known": known})})
         shown = ("c2st", "coverage", "mode_tv", "modes_kept", "nll_gap", "valid")
         self.say(f"step {step}: " + "  ".join(f"{name} {row[name]:.3f}" for name in shown if name in row))
 
     def observe(self, step: int, values: dict[str, Any]) -> None:
-        """Keep one step's metrics, raise alarms, record every fifth."""
-        row = {"step": step, "time": time.time(), **expand_lists(flatten({**values, **self.watched}))}
-        self.watched = {}
+        """Take the metrics of the step that was just made."""
+        self.row = values
+
+    def _record(self, step: int) -> None:
+        """Keep the step's metrics, raise alarms, record every fifth."""
+        row: Row = {"step": step, "time": time.time(), **expand_lists(flatten(self.row))}
+        self.row = {}
         self.rows.append(row)
         self.alarms.check(self.rows)
         kept = recorded(row)
         if self.system.last_batch is not None:
             self.window.add(self.system.last_batch["response_text"].to_pylist())
             kept |= self.window.numbers()
-        if step % EVERY == 0 or step in (1, self.config.run.steps):
+        if (step and step % EVERY == 0) or step in (1, self.config.run.steps):
             self.outcome.steps.append({"step": step, **kept})

@@ -297,7 +297,7 @@ def identities(cluster: LocalCluster) -> dict[str, str]:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of the run's metrics."""
+    """Whole lines of the run's metrics, without the base's evaluation."""
     file = run / "metrics.jsonl"
     text = file.read_text().rpartition("\n")[0] if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.splitlines()[1:]]

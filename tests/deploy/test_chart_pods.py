@@ -62,7 +62,7 @@ def test_pods_are_restricted(arguments: tuple[str, ...]) -> None:
 
 
 def test_secrets_come_by_reference_only() -> None:
-    names = ("huggingFace.name=hf", "reward.name=reward", "objectStore.name=s3")
+    names = ("huggingFace.name=hf", "reward.name=reward", "objectStore.name=s3", "wandb.name=wandb")
     manifests = render(*SERVE, *(word for name in names for word in ("--set", f"secrets.{name}")))
     assert all(manifest["kind"] != "Secret" for manifest in manifests)
     for _, group in groups(manifests):
@@ -75,6 +75,7 @@ def test_secrets_come_by_reference_only() -> None:
             "HF_TOKEN": {"name": "hf", "key": "token"},
             "RLGAF_SCORE_TOKEN": {"name": "token", "key": "token"},
             "RLGAF_REWARD_TOKEN": {"name": "reward", "key": "token"},
+            "WANDB_API_KEY": {"name": "wandb", "key": "token"},
             "AWS_ACCESS_KEY_ID": {"name": "s3", "key": "AWS_ACCESS_KEY_ID"},
             "AWS_SECRET_ACCESS_KEY": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"},
         }

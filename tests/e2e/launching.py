@@ -33,6 +33,12 @@ class Finished:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """The steps' metrics, without the base's evaluation."""
+        return self.metrics[1:]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; the first is the base's evaluation."""
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     @property
@@ -107,11 +113,17 @@ def alive(processes: list[psutil.Process], grace_s: float = 10.0) -> list[str]:
         time.sleep(0.5)
 
 
+def steps_done(folder: Path) -> int:
+    """Steps in the metrics of the run in this folder."""
+    file = folder / "metrics.jsonl"
+    return max(0, file.read_text().count("\n") - 1) if file.exists() else 0
+
+
 def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
     """Ctrl-C as soon as the first step is in the metrics."""
     deadline = time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
+        if steps_done(folder) > 0:
             process.send_signal(signal.SIGINT)
             return
         time.sleep(0.05)

@@ -112,6 +112,18 @@ def test_every_step_is_in_the_metrics(unbroken):
         assert row["discriminator/steps"] == 2
 
 
+def test_evaluations_are_in_the_metrics_of_their_steps(unbroken):
+    """C2ST too, so that TensorBoard shows it and not only the reward."""
+    measured = {row["step"]: row for row in unbroken.metrics if "evaluation/c2st" in row}
+    assert list(measured) == [0, 4, 8]
+    for point in unbroken.summary["learning_curve"]:
+        row = measured[point["step"]]
+        assert all(
+            row[f"evaluation/{key}"] == point[key] for key in ("c2st", "nll", "coverage", "distinct_2")
+        )
+        assert row["monitor/mode_share"] == point["monitor/mode_share"]
+
+
 def test_synchronous_run_has_no_lag_and_balanced_accounts(unbroken):
     for row in unbroken.rows:
         assert row["lag/policy"] == row["lag/disc"] == {"0": PROMPTS * SAMPLES}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import PROMPTS, SAMPLES, Finished, Launch
+from launching import PROMPTS, SAMPLES, Finished, Launch, steps_done
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -36,7 +36,7 @@ def kill_a_rollout_worker(process: "subprocess.Popen[str]", folder: Path) -> Non
     """SIGKILL for one of the two as soon as the first step is in the metrics."""
     deadline = time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and "\n" in (folder / "metrics.jsonl").read_text():
+        if steps_done(folder) > 0:
             workers = [
                 child
                 for child in psutil.Process(process.pid).children(recursive=True)

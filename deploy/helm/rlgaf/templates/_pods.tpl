@@ -33,7 +33,7 @@ capabilities:
   value: /home/rlgaf/.cache/vllm
 - name: RAY_JOB_STOP_WAIT_TIME_S
   value: {{ .Values.stop.jobWaitSeconds | quote }}
-{{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) }}
+{{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) (list "WANDB_API_KEY" .Values.secrets.wandb) }}
 {{- $secret := index . 1 }}
 {{- if $secret.name }}
 - name: {{ index . 0 }}
