@@ -285,7 +285,8 @@ class _Run:
         await self.controller.quiesce()  # or timing would decide which discriminator judges the probes
         with self.controller.timer("evaluate"):
             watched = await self.watch.evaluated(step, self.evaluator)
-        self.row |= {"evaluation": dict(measured), **watched}
+        known = {name: value for name, value in measured.items() if value is not None}
+        self.row |= {"evaluation": known, **watched}
         measured.update(flatten(watched))
 
     def observe(self, step: int, values: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from sklearn.metrics import pairwise_distances
 from services.evaluation import text_metrics
 from services.evaluation.c2st import C2ST, Normalise, c2st, collapse_whitespace, human_floor
 from services.evaluation.config import EvaluationConfig
+from services.evaluation.mauve import mauve
 
 KEYS = ("c2st", "nll", "rouge_l", "chrf", "distinct_2", "self_bleu", "length_mean", "copy_rate")
 """What every row has, in the order of the closing table."""
@@ -38,11 +39,11 @@ def evaluate_texts(
     copying average over all rows; classifier, coverage and diversity read the first row of a prompt, so that
     both sides count alike and no text counts twice. `nll`: mean negative log-likelihood of the human answers
     under the policy, nats per token. `embed(texts, keep=False)` -> [n, d] is an `Embedder` (None: n-gram
-    classifier only, and `c2st_embedding` is None).
+    classifier only; `c2st_embedding` and `mauve` are None).
 
-    Returns `KEYS` and c2st_low, c2st_high, c2st_ngram, c2st_embedding, c2st_classifier, coverage, distinct_1,
-    distinct_3, length_p10, length_p50, length_p90, empty_rate, copy_ngram_rate, prompts, samples. ROUGE-L,
-    distinct-n and rates are in [0, 1], chrF and self-BLEU in [0, 100], lengths in words.
+    Returns `KEYS` and c2st_low, c2st_high, c2st_ngram, c2st_embedding, c2st_classifier, coverage, mauve,
+    distinct_1, distinct_3, length_p10, length_p50, length_p90, empty_rate, copy_ngram_rate, prompts, samples.
+    ROUGE-L, MAUVE, distinct-n and rates are in [0, 1], chrF and self-BLEU in [0, 100], lengths in words.
     """
     if not len(prompt_ids) == len(generated) == len(human):
         raise ValueError(
@@ -74,6 +75,7 @@ def evaluate_texts(
         "chrf": text_metrics.chrf(model, person),
         **_text_columns(one, model, seen, cfg),
         "coverage": text_coverage(ref, one, ref_vectors, one_vectors, cfg.coverage_neighbours),
+        "mauve": _mauve(ref_vectors, one_vectors, cfg.seed),
         "samples": len(model),
     }
 
@@ -92,7 +94,7 @@ def human_row(
     * `c2st` is `human_floor`: half of the prompts' answers against the other half's.
     * `rouge_l`, `chrf`: each answer against the answer to *another* prompt. It is the level of a fluent text
       that ignores its prompt; a policy above it says something about its prompt.
-    * `coverage`: the two halves of `c2st` against each other.
+    * `coverage`, `mauve`: two halves against each other.
     * `nll`: no policy stands behind this row. Give the smallest NLL among the policies of the table: a
       cross-entropy, hence an upper bound on the human answers' entropy, which no policy can pass.
     * diversity, length and copying are the human answers' own.
@@ -114,6 +116,7 @@ def human_row(
     order = np.random.default_rng(cfg.seed).permutation(len(ref))
     half = len(order) // 2
     a, b = order[:half], order[half : 2 * half]
+    some, rest = (None, None) if vectors is None else (vectors[a], vectors[b])
     others = _answers_to_other_prompts(ids, ref, cfg.seed)
     return {
         **_test_columns(test),
@@ -122,12 +125,9 @@ def human_row(
         "chrf": text_metrics.chrf(others, ref),
         **_text_columns(ref, ref, seen, cfg),
         "coverage": text_coverage(
-            [ref[i] for i in a],
-            [ref[i] for i in b],
-            None if vectors is None else vectors[a],
-            None if vectors is None else vectors[b],
-            cfg.coverage_neighbours,
+            [ref[i] for i in a], [ref[i] for i in b], some, rest, cfg.coverage_neighbours
         ),
+        "mauve": _mauve(some, rest, cfg.seed),
         "samples": len(ref),
     }
 
@@ -172,6 +172,10 @@ def selection_key(row: Mapping[str, Any]) -> float:
     them.
     """
     return float(row["coverage"]) - 2.0 * max(float(row["c2st"]) - 0.5, 0.0)
+
+
+def _mauve(human: np.ndarray | None, generated: np.ndarray | None, seed: int) -> float | None:
+    return None if human is None or generated is None else mauve(human, generated, seed)
 
 
 def _first_rows(prompt_ids: Sequence[str]) -> list[int]:
