@@ -38,6 +38,9 @@ class AlarmBounds:
     """Largest |correlation| of reward and response length, averaged over the window."""
     entropy_share: float = 0.2
     """Entropy has collapsed when it falls below this share of its first value."""
+    overconfidence: float = 0.3
+    """Nats per token by which NLL of human answers minus entropy may grow: a policy that is as sure as it is
+    right has 0."""
     length_share: float = 0.7
     """Share of responses cut by the length limit that is too large."""
     mode_share: float = 0.7
@@ -112,6 +115,25 @@ def entropy_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
     first = next((float(row["policy/entropy"]) for row in rows if row.get("policy/entropy") is not None), 0.0)
     if values and first > 0 and values[-1] < bounds.entropy_share * first:
         return f"entropy {values[-1]:.3g} nats per token, began at {first:.3g}"
+    return None
+
+
+def overconfidence(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`evaluation/nll` − `policy/entropy` has grown since the first evaluation: the policy is surer of its
+    answers than the humans' answers bear out. It comes before modes are gone."""
+    gaps = []
+    for row, after in zip(rows, [*rows[1:], {}], strict=True):
+        nll, entropy = row.get("evaluation/nll"), row.get("policy/entropy", after.get("policy/entropy"))
+        if nll is not None and entropy is not None:
+            gaps.append((float(nll), float(entropy)))
+    if len(gaps) < 2:
+        return None
+    grown = (gaps[-1][0] - gaps[-1][1]) - (gaps[0][0] - gaps[0][1])
+    if grown > bounds.overconfidence:
+        return (
+            f"entropy is {gaps[-1][1]:.3g} nats per token while human answers cost {gaps[-1][0]:.3g}; the "
+            f"difference has grown by {grown:.2g}"
+        )
     return None
 
 
@@ -210,6 +232,7 @@ CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
         logprob_mismatch,
         length_reward,
         entropy_collapse,
+        overconfidence,
         truncation,
         mode_collapse,
         repetition,

@@ -37,6 +37,21 @@ def raised(rows: list[dict], bounds: AlarmBounds | None = None) -> Alarms:
     return alarms
 
 
+def test_overconfidence_is_entropy_that_human_answers_do_not_bear_out() -> None:
+    """The base is no reference for itself: its own entropy is that of the first step."""
+    base = {"step": 0, "evaluation/nll": 4.0}
+    steps = [{"step": step, "policy/entropy": 3.5 - 0.1 * step} for step in range(1, 6)]
+    learns = [base, *steps, {"step": 6, "policy/entropy": 2.9, "evaluation/nll": 3.4}]
+    narrows = [base, *steps, {"step": 6, "policy/entropy": 2.9, "evaluation/nll": 4.0}]
+    assert raised(learns).raised == []
+    (alarm,) = raised(narrows).raised
+    assert (alarm.name, alarm.step) == ("overconfidence", 6)
+    assert (
+        "entropy is 2.9 nats per token while human answers cost 4; the difference has grown by 0.5"
+        in alarm.message
+    )
+
+
 COPYING = {"monitor/copy_rate": 0.55, "monitor/copy_excess": 0.08}
 CASES = [
     ("mode_collapse", [{}, {"monitor/mode_share": 0.5}], 0.1, 6, "0.50 of the humans'"),
