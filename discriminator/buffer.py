@@ -83,9 +83,10 @@ class ReplayBuffer:
         """Draw up to n rows without replacement, ordered by trajectory_id.
 
         Fresh rows are those of the newest step held that is not after `step`; the others before it are
-        replay. Where one side is short the other fills in. Rows of a side are stratified by prompt: no prompt
-        gives two rows more than another that still has some. Replayed rows weigh 2^(-age / recency) (weighted
-        sampling without replacement by exponential keys; Efraimidis, Spirakis 2006).
+        replay, of which there are never more than the fraction: where fresh rows are short, the sample is
+        smaller than n; where replay is short, fresh rows fill in. Rows of a side are stratified by prompt: no
+        prompt gives two rows more than another that still has some. Replayed rows weigh 2^(-age / recency)
+        (weighted sampling without replacement by exponential keys; Efraimidis, Spirakis 2006).
 
         Raises:
             LookupError: nothing is held up to `step`.
@@ -98,8 +99,8 @@ class ReplayBuffer:
         fresh = self._tables[steps[-1]].sort_by("trajectory_id")
         old = [self._tables[s] for s in steps[:-1]]
         replay = pa.concat_tables(old).sort_by("trajectory_id") if old else fresh.slice(0, 0)
-        wanted = round(n * fraction)
-        from_replay = min(replay.num_rows, max(wanted, n - fresh.num_rows))
+        most_fresh = min(fresh.num_rows, n - round(n * fraction))
+        from_replay = min(replay.num_rows, round(most_fresh * fraction / (1 - fraction)))
         from_fresh = min(fresh.num_rows, n - from_replay)
         rng = np.random.default_rng([seed, step])
         rows = [

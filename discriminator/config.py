@@ -53,8 +53,8 @@ class BufferConfig(Section):
     """Rows whose policy version lies more than this many versions behind the newest one are evicted."""
 
     replay_fraction: Annotated[float, Field(ge=0, le=0.25)] = 0.0
-    """Share of a discriminator batch drawn from earlier steps. Compare every setting with 0: half replay was
-    neutral or harmful in calibration."""
+    """Share of a discriminator turn's rollouts drawn from earlier steps; a turn of several steps passes over
+    its rollouts again. Compare every setting with 0: half replay was neutral or harmful in calibration."""
 
     recency: NonNegativeFloat = 0.0
     """Half-life of a replayed row's weight, in policy versions (0: all ages weigh the same)."""

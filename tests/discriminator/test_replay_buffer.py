@@ -77,14 +77,17 @@ def test_fraction_of_replay_and_no_row_twice() -> None:
     assert set(fresh_only["step"].to_pylist()) == {3}
 
 
-def test_one_side_fills_in_for_the_other() -> None:
-    assert filled(2).sample(20, step=1, seed=0, replay_fraction=0.0).num_rows == 20
+def test_replay_never_fills_in_for_fresh_rows() -> None:
+    """Of twelve rows a step; a turn that wants more makes do with them, and with its share of replay."""
+    assert Counter(filled(4).sample(100, step=3, seed=0)["step"].to_pylist()) == {3: 12}
+    table = filled(4).sample(100, step=3, seed=0, replay_fraction=0.25)
+    assert Counter(s == 3 for s in table["step"].to_pylist()) == {True: 12, False: 4}
     assert filled(1).sample(8, step=0, seed=0, replay_fraction=0.25).num_rows == 8
-    assert filled(2).sample(100, step=1, seed=0).num_rows == 24
 
 
 def test_later_steps_are_not_drawn() -> None:
-    assert set(filled(4).sample(50, step=1, seed=0)["step"].to_pylist()) == {0, 1}
+    drawn = filled(4).sample(50, step=1, seed=0, replay_fraction=0.25)
+    assert set(drawn["step"].to_pylist()) == {0, 1}
     with pytest.raises(LookupError, match="step -1"):
         filled(4).sample(50, step=-1, seed=0)
 
@@ -104,11 +107,11 @@ def test_recency_prefers_young_rows_by_its_half_life() -> None:
         buffer.add(rollouts(step, prompts=1, samples=40), step)
     # One replayed row of two ages with equal counts, a version apart: the younger one wins 2 times of 3.
     young = sum(
-        buffer.sample(44, step=2, seed=s, replay_fraction=0.02, recency=1.0)["step"].to_pylist().count(1)
+        buffer.sample(44, step=2, seed=s, replay_fraction=0.025, recency=1.0)["step"].to_pylist().count(1)
         for s in range(300)
     )
     old = sum(
-        buffer.sample(44, step=2, seed=s, replay_fraction=0.02, recency=1.0)["step"].to_pylist().count(0)
+        buffer.sample(44, step=2, seed=s, replay_fraction=0.025, recency=1.0)["step"].to_pylist().count(0)
         for s in range(300)
     )
     assert 0.58 < young / (young + old) < 0.75
