@@ -14,7 +14,7 @@ from services.ray_metrics import RunMetrics, alarm_samples, row_samples, setting
 from services.watching.alarms import CHECKS, Alarm
 
 ROWS = Path(__file__).parent / "metrics-rows.jsonl"
-"""Two steps of a run of the tiny model: before the second one was an evaluation, and in it the discriminator
+"""Two steps of a run of the tiny model: an evaluation followed the second one, and in it the discriminator
 trained."""
 CONFIG = load(
     None,
