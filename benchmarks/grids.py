@@ -130,15 +130,18 @@ FEW = Grid(
     ),
 )
 
+OFTEN = {"evaluation.every": 15, "evaluation.prompts": 512}
+"""Monitors look at evaluations; these come often enough to see a collapse begin."""
 FROZEN = Grid(
     "frozen",
     "Does reward rise while the modes are lost, with a frozen discriminator and with one trained along?",
     (
-        Cell("co-trained"),
+        Cell("co-trained", OFTEN),
         *(
             Cell(
                 f"frozen, KL {kl:g}",
-                {
+                OFTEN
+                | {
                     "discriminator.frozen": True,
                     "discriminator.warmup_max_steps": 500,
                     "discriminator.warmup_accuracy": 1.0,

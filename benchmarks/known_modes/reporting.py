@@ -114,6 +114,7 @@ NOTHING_FOUND = {"cue": "none", "accuracy": 0.5, "verdict": "-", "explanation": 
 COLLAPSE: tuple[Column, ...] = (
     ("modes kept, last step", of_test("modes_kept", "last"), 0),
     ("a mode gone from step", lost_step, 0),
+    ("alarm: overconfidence", alarm_step("overconfidence"), 0),
     ("alarm: mode_collapse", alarm_step("mode_collapse"), 0),
     ("… on the known modes", alarm_step("mode_collapse", "known_alarms"), 0),
 )
