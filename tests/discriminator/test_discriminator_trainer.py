@@ -1,5 +1,6 @@
 """The trainer with the real DeepSpeed engine, one rank: it learns, repeats itself, resumes and publishes."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from judging import judged, small
 
 from discriminator.calibration import calibration, calibration_error
+from discriminator.draws import demonstration_rows, rollout_batches
 from discriminator.health import HealthReading, HealthState
 from discriminator.losses import balanced_weights
 from discriminator.scorer import Scorer
@@ -144,16 +146,18 @@ def test_health_gate_decides_the_number_of_steps(tiny_model: Path) -> None:
     assert trainer.gate.state is HealthState.PAUSED
 
 
-def test_a_step_takes_the_demonstrations_of_its_prompts(tiny_model: Path) -> None:
-    trainer = DiscriminatorTrainer(small(min_demonstrations=6), str(tiny_model), seed=0)
+def test_a_step_takes_the_demonstrations_of_its_prompts() -> None:
     table = demonstrations(0, 40)
     rng = np.random.default_rng(0)
-    paired = trainer._draw_demonstrations(rollouts(5, 13), table, rng)
-    assert paired.tolist() == list(range(5, 13))
-    topped_up = trainer._draw_demonstrations(rollouts(5, 7, samples=8), table, rng)
+    draw = partial(demonstration_rows, demonstrations=table, paired=True, at_least=6, rng=rng)
+    assert draw(rollouts(5, 13)).tolist() == list(range(5, 13))
+    topped_up = draw(rollouts(5, 7, samples=8))
     assert len(topped_up) == 6
     assert {5, 6} <= set(topped_up.tolist())
-    plan = trainer._plan(rollouts(0, 10, samples=4), 4, step=0)
+
+
+def test_a_steps_rollouts_come_in_whole_groups_and_all_are_used() -> None:
+    plan = rollout_batches(rollouts(0, 10, samples=4), 4, 16, np.random.default_rng(0))
     assert sorted(np.concatenate(plan[:2]).tolist()) != list(range(40))
     assert all(len(set(rows.tolist())) == 16 and len({r // 4 for r in rows.tolist()}) == 4 for rows in plan)
 

@@ -25,7 +25,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
 
 
 def records(config: Config) -> list[list[Any]]:
-    """What each W&B run file of the run's folder holds, oldest file first."""
+    """What each W&B run file of the run's folder holds, oldest file first, once wandb's process has ended."""
+    wandb.teardown()
     files = sorted(config.folder.glob("wandb/offline-run-*/*.wandb"))
     return [list(parsed(file.read_bytes())) for file in files]
 
