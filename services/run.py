@@ -25,6 +25,7 @@ from services.ray_cluster import ray_cluster
 from services.ray_metrics import RunMetrics
 from services.report import make_console
 from services.run_folder import prepare_folder
+from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from services.supervised.controller import SupervisedController
     from services.supervised.system import SupervisedSystem
     from services.system import System
-    from services.wandb_run import WandbRun
     from services.watching.watch import Watch
 
 INTERRUPTED = 130
@@ -85,21 +85,13 @@ def run(config: Config, *, resume: bool) -> int:
         config = plan.settle(config)
         for line in plan.lines():
             console.print(f"plan: {line}", highlight=False, markup=False)
-        tracker = _tracker(config, console)
+        tracker = WandbRun(config) if config.run.wandb else None
+        if tracker is not None:
+            console.print(f"Weights & Biases: {tracker.address}", highlight=False, markup=False)
         code = asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console, tracker).main())
         if tracker is not None:
             tracker.finish(code)
         return code
-
-
-def _tracker(config: Config, console: Console) -> "WandbRun | None":
-    if not config.run.wandb:
-        return None
-    from services.wandb_run import WandbRun
-
-    tracker = WandbRun(config)
-    console.print(f"Weights & Biases: {tracker.address}", highlight=False, markup=False)
-    return tracker
 
 
 def _skipped(reasons: dict[str, int]) -> str:
@@ -118,7 +110,7 @@ class _Run:
         checkpoints: Checkpoints,
         resume: bool,
         console: Console,
-        tracker: "WandbRun | None",
+        tracker: WandbRun | None,
     ) -> None:
         from services.display import Display
         from services.evaluator import Evaluator
