@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.workload import Workload
+from learner.environment import WORKER_ENVIRONMENT
 
 Result = dict[str, Any]
 
@@ -43,7 +44,10 @@ class Contender:
         self.name = name
         self.log = log
         threads = str(Workload.read(workload).threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        # The allocator's and OpenMP's settings that rlgaf gives its own processes, for all contenders.
+        environment = (
+            os.environ | WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        )
         reply, write = os.pipe()
         with log.open("w") as output:
             self._process = subprocess.Popen(

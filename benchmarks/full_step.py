@@ -75,6 +75,8 @@ def _fields(workload: Workload, repeats: int, data: dict[str, Any], folder: Path
         "sampling.max_tokens": workload.response_tokens,
         "rollout.threads": workload.threads,
         "learner.threads": workload.threads,
+        "learner.micro_batch_tokens": workload.micro_batch_tokens,
+        "discriminator.micro_batch_tokens": workload.micro_batch_tokens,
         "discriminator.warmup_max_steps": 1,
         "evaluation.every": repeats + 1,
         "evaluation.prompts": 8,

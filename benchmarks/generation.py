@@ -1,8 +1,9 @@
-"""Generation: rlgaf's rollout worker against vLLM alone, same engine settings and prompts.
+"""Generation: rlgaf's rollout worker against vLLM alone, same prompts.
 
-Both vLLM forms get one request with n samples per prompt and do not detokenise; the worker queues each
-sample by itself and delivers texts, token ends and an Arrow table besides. Prefix caches are emptied before
-every turn.
+vLLM alone gets one request with n samples per prompt and does not detokenise; the worker queues each
+sample by itself and delivers texts, token ends and an Arrow table besides. Two forms have the worker's own
+engine settings, so that only the worker's work is compared; one has vLLM's defaults for a CPU, whose blocks
+of 128 tokens share no prompt shorter than that. Prefix caches are emptied before every turn.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from benchmarks.contender import Result, Timer
 from benchmarks.tables import request_table, sampling_overrides
 from benchmarks.workload import Workload
 from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
-from rollout.engine import engine_environment
+from rollout.engine import engine_args, engine_environment
 from rollout.worker import RolloutWorker
 
 
@@ -66,18 +67,33 @@ class Ours:
         self.runner.close()
 
 
-def _bare_settings(workload: Workload) -> dict[str, Any]:
-    os.environ.update(engine_environment(RolloutConfig(), "cpu", workload.threads))
-    return {
-        "model": workload.model,
-        "dtype": workload.dtype,
-        "max_model_len": workload.max_model_len,
-        "max_num_seqs": RolloutConfig().max_num_seqs,
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": True,
-    }
+TUNED = ("block_size", "enable_chunked_prefill", "max_num_batched_tokens")
+"""Engine arguments in which a worker's CPU engine differs from vLLM's defaults."""
+
+
+def _bare_settings(workload: Workload, *, tuned: bool) -> dict[str, Any]:
+    """Engine arguments; `tuned`: those in `TUNED` are the worker's, else vLLM's defaults."""
+    rollout = RolloutConfig()
+    os.environ.update(engine_environment(rollout, "cpu", workload.threads))
+    worker = engine_args(
+        rollout,
+        PolicyConfig(model=workload.model, dtype=workload.dtype),
+        model=workload.model,
+        device="cpu",
+        max_model_len=workload.max_model_len,
+        worker="benchmark",
+    )
+    same = (
+        "model",
+        "dtype",
+        "max_model_len",
+        "max_num_seqs",
+        "enforce_eager",
+        "enable_prefix_caching",
+        "logprobs_mode",
+        "disable_log_stats",
+    )
+    return {name: getattr(worker, name) for name in (*same, *(TUNED if tuned else ()))}
 
 
 def _bare_params(workload: Workload) -> list[Any]:
@@ -98,10 +114,12 @@ def _bare_params(workload: Workload) -> list[Any]:
 
 
 class BareAsync:
-    """`AsyncLLM.generate`, one task per prompt."""
+    """`AsyncLLM.generate` with the worker's settings, one task per prompt."""
+
+    tuned = True
 
     def __init__(self, workload: Workload) -> None:
-        settings = _bare_settings(workload)
+        settings = _bare_settings(workload, tuned=self.tuned)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -136,11 +154,17 @@ class BareAsync:
         self.engine.shutdown()
 
 
+class DefaultAsync(BareAsync):
+    """The same with vLLM's defaults."""
+
+    tuned = False
+
+
 class BareOffline:
-    """`LLM.generate`, the whole engine in this process."""
+    """`LLM.generate` with the worker's settings, the whole engine in this process."""
 
     def __init__(self, workload: Workload) -> None:
-        settings = _bare_settings(workload)
+        settings = _bare_settings(workload, tuned=True)
         from vllm import LLM
 
         self.workload = workload

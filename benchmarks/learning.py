@@ -31,6 +31,7 @@ def learner_config(workload: Workload) -> LearnerConfig:
         device="cpu",
         compute_dtype=workload.dtype,
         threads=workload.threads,
+        micro_batch_tokens=workload.micro_batch_tokens,
         lr=LR,
         kl_coef=0.0,
         baseline="none",
@@ -113,7 +114,7 @@ class Padded(_Bare):
             for response in group:
                 ids.append([0] * pad + prompt + response)
                 masks.append([0] * pad + [1] * (width - pad))
-        rows = max(1, LearnerConfig().micro_batch_tokens // width)
+        rows = max(1, self.workload.micro_batch_tokens // width)
         batches = list(zip(torch.tensor(ids).split(rows), torch.tensor(masks).split(rows), strict=True))
         return batches, len(ids) * width
 

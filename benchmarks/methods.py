@@ -19,17 +19,14 @@ from benchmarks.grids import GRIDS
 from benchmarks.known_modes import full_system, planning, store
 from benchmarks.known_modes.cells import Grid, Task
 from benchmarks.known_modes.reporting import REPORT, write_report
+from learner.environment import WORKER_ENVIRONMENT
 
-ONE_THREAD = {
+ONE_THREAD = WORKER_ENVIRONMENT | {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "DS_ACCELERATOR": "cpu",
     "TQDM_DISABLE": "1",
-    # Freed memory is used again; see learner.trainer.WORKER_ENVIRONMENT.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
 }
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -57,10 +57,16 @@ class Part:
 PARTS = {
     "a": Part(
         "generation",
-        {"ours": "generation:Ours", "async": "generation:BareAsync", "offline": "generation:BareOffline"},
+        {
+            "ours": "generation:Ours",
+            "async": "generation:BareAsync",
+            "offline": "generation:BareOffline",
+            "defaults": "generation:DefaultAsync",
+        },
         (
-            Ratio("speed against vLLM's AsyncLLM.generate", "async", 0.9),
-            Ratio("speed against vLLM's LLM.generate", "offline", 0.9),
+            Ratio("speed against vLLM's AsyncLLM.generate, same settings", "async", 0.9),
+            Ratio("speed against vLLM's LLM.generate, same settings", "offline", 0.9),
+            Ratio("speed against vLLM's AsyncLLM.generate, its defaults", "defaults", 0.9),
         ),
     ),
     "b": Part(
@@ -129,6 +135,12 @@ def _options() -> argparse.Namespace:
         "--trl-python", default=sys.executable, help="interpreter that has trl (requirements/bench.txt)"
     )
     parser.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        default=1024,
+        help="tokens in one forward pass of the learner and the bare loops",
+    )
+    parser.add_argument(
         "--trl-micro-batch", type=int, default=16, help="sequences in one of TRL's forward passes"
     )
     parser.add_argument("--out", default="runs/benchmark", help="folder for step.json, step.md and logs")
@@ -174,6 +186,7 @@ def _workload(options: argparse.Namespace, scratch: Path) -> tuple[Workload, dic
         group_size=options.group_size,
         response_tokens=options.response_tokens,
         responses=random_responses(tokenizer, len(prompts), options.group_size, options.response_tokens),
+        micro_batch_tokens=options.micro_batch_tokens,
         trl_micro_batch=options.trl_micro_batch,
         scratch=str(scratch),
     )

@@ -43,6 +43,8 @@ class Workload:
     response_tokens: int
     responses: list[list[list[int]]]
     """Fixed random responses, for the contenders that only learn: [prompts][group_size][response_tokens]."""
+    micro_batch_tokens: int
+    """Tokens in one of the learner's and the bare loops' forward passes."""
     trl_micro_batch: int
     """Sequences in one of TRL's forward passes."""
     scratch: str

@@ -23,19 +23,9 @@ from typing import Any
 
 import ray
 
+from learner.environment import WORKER_ENVIRONMENT
+
 POLL_S = 20.0
-WORKER_ENVIRONMENT = {
-    # A step allocates and frees the same large tensors each time. glibc would give them back to the kernel
-    # and fault every page in again, up to half of a CPU step's time. One arena, because Ray runs the work on
-    # another thread than the main one, and only the main arena can keep large blocks.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
-    # Several processes share a machine's cores, and OpenMP threads that wait for one another in a spinning
-    # loop take from other processes the core that the awaited thread needs.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-"""Environment of every process that computes with torch."""
 # Ray Train's controller polls its ranks only to see them die; what they do is seen through the mailbox. Its
 # preemption watcher has nobody to tell.
 TRAIN_CONTROLLER = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

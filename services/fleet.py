@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from learner.trainer import WORKER_ENVIRONMENT
+from learner.environment import WORKER_ENVIRONMENT
 from rollout.worker import RolloutWorker
 from services.config import Config
 from services.plan import ResourcePlan

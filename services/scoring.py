@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
-from learner.trainer import WORKER_ENVIRONMENT
+from learner.environment import WORKER_ENVIRONMENT
 
 HTTP = FastAPI(title="rlgaf discriminator", version="1")
 
