@@ -88,7 +88,7 @@ class Ours:
             table = self.loop.generate(number)
         with Timer() as learn:
             reference = ray.put(table)
-            self.loop.rank.train_step(reference, number)
+            self.loop.rank.train_step(reference, number, 1.0)
         with Timer() as sync:
             self.loop.sync(number + 1)
         parts = {"generate_s": generate.seconds, "learn_s": learn.seconds, "sync_s": sync.seconds}

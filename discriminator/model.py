@@ -9,7 +9,6 @@ Everything that has weights is used inside `forward`, so that ZeRO-3 can gather 
 fp32 whatever the dtype of the body.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +24,7 @@ from discriminator.config import DiscriminatorConfig
 from discriminator.regularisers import spectrally_bounded
 from learner.attention import attention_implementation, longest_packable, prepare_mask
 from learner.packing import Group, PackedBatch, make_groups, pack, unpacked
+from learner.pretrained import load_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -198,7 +198,9 @@ def load_discriminator(
     # R1 differentiates twice, which flex_attention does not allow.
     plain = kind == "encoder" or config.gradient_penalty > 0
     implementation = "sdpa" if plain else attention_implementation(device)
-    body = _load_body(model, dtype, implementation, trust_remote_code=config.trust_remote_code)
+    body: Any = load_body(
+        model, dtype=dtype, implementation=implementation, trust_remote_code=config.trust_remote_code
+    )
     if kind == "causal" and config.packing and (limit := longest_packable(body.config, body)) is not None:
         context = load_canonicaliser(config, model)
         if context.max_prompt + context.max_response > limit:
@@ -223,36 +225,6 @@ def load_discriminator(
             spectral_bound=config.spectral_norm,
             implementation=implementation,
         )
-
-
-def _load_body(model: str, dtype: torch.dtype, implementation: str, *, trust_remote_code: bool) -> Any:
-    """The transformer without its language-model head, whose absence is no news to anyone.
-
-    Raises:
-        ValueError: the folder lacks weights of the body, which would be random without a word.
-    """
-    from transformers import AutoModel
-
-    log = logging.getLogger("transformers.modeling_utils")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        body, found = AutoModel.from_pretrained(
-            model,
-            dtype=dtype,
-            attn_implementation=implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    finally:
-        log.setLevel(before)
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ValueError(
-            f"{model} lacks {len(missing)} of the body's weights, e.g. {missing[0]}: it is no checkpoint of "
-            f"{type(body).__name__}, or not a whole one"
-        )
-    return body
 
 
 def group_encoded(encoded: Sequence[Encoded]) -> list[Group]:

@@ -1,8 +1,14 @@
-"""Pretrained causal language models: loaded ready for packed rows, and judged without an engine."""
+"""Pretrained models: loaded ready for packed rows or as a bare body, and judged without an engine."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from learner.attention import attention_implementation
 from learner.batching import make_batches
@@ -16,14 +22,57 @@ from rollout.config import PolicyConfig
 def load_causal_lm(
     name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal LM by hub name or folder, ready for packed rows."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=dtype,
-        attn_implementation=attention_implementation(device),
-        trust_remote_code=trust_remote_code,
-    )
+    """Load a causal LM by hub name or folder, ready for packed rows. ValueError as `load_body`."""
+    model = _load(AutoModelForCausalLM, name, dtype, attention_implementation(device), trust_remote_code)
     return model.to(device)  # type: ignore[arg-type]
+
+
+def load_body(
+    name: str, *, dtype: torch.dtype, implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a transformer, causal or encoder, without its language-model head, on the CPU.
+
+    implementation: of attention (None: the model's own choice). Raises ValueError when weights are missing,
+    which would be random without a word.
+    """
+    return _load(AutoModel, name, dtype, implementation, trust_remote_code)
+
+
+def _load(
+    kind: Any, name: str, dtype: torch.dtype, implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    with _quiet():
+        model, found = kind.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    # Nothing here reads a pooler.
+    missing = sorted(weight for weight in found["missing_keys"] if not weight.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the model's weights, e.g. {missing[0]}: it is no checkpoint of "
+            f"{type(model).__name__}, or not a whole one"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a report on unused weights, such as a body's head, and without a progress bar."""
+    log = logging.getLogger("transformers.modeling_utils")
+    level, bar = log.level, transformers_logging.is_progress_bar_enabled()
+    log.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -10,10 +10,12 @@ listening would leave it hanging.
 import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ ALIGNMENT = 16
 CHUNK = 1 << 16  # 32-bit words; a chunk, its weights and its products stay near a core's caches
 CUDA_ROWS = 1 << 10
 MEET_INTERVAL_S = 0.02
+AHEAD = 2
+"""Buckets that a receiver has asked for while it loads one."""
 
 Pair = tuple[str, torch.Tensor]
 
@@ -314,21 +318,22 @@ class GlooGroup:
 def receive(group: GlooGroup, entries: Sequence[Entry], bucket_bytes: int, loader: CheckedLoader) -> float:
     """Receive every bucket and give it to the loader; return the seconds spent waiting for bytes.
 
-    The next bucket is asked for before the current one is loaded, so loading does not hold up the wire.
-    Each bucket has a buffer of its own because vLLM keeps references to tensors until their layer is
-    complete.
+    `AHEAD` more buckets are asked for before one is loaded, so loading does not hold up the wire. Each bucket
+    has a buffer of its own because vLLM keeps references to tensors until their layer is complete.
     """
-    buckets = plan_buckets(entries, bucket_bytes)
     waited = 0.0
-    pending: list[tuple[torch.Tensor, dist.Work]] = []
-    for index in range(len(buckets) + 1):
-        if index < len(buckets):
-            buffer = torch.empty(buckets[index].nbytes, dtype=torch.uint8)
-            pending.append((buffer, group.broadcast(buffer)))
-        if index > 0:
-            buffer, work = pending.pop(0)
-            started = time.perf_counter()
-            work.wait()
-            waited += time.perf_counter() - started
-            loader(unpack(buckets[index - 1], entries, buffer))
+    coming = iter(plan_buckets(entries, bucket_bytes))
+
+    def ask(bucket: Bucket) -> tuple[Bucket, torch.Tensor, dist.Work]:
+        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        return bucket, buffer, group.broadcast(buffer)
+
+    pending = deque(ask(bucket) for bucket in islice(coming, 1 + AHEAD))
+    while pending:
+        bucket, buffer, work = pending.popleft()
+        started = time.perf_counter()
+        work.wait()
+        waited += time.perf_counter() - started
+        pending.extend(ask(following) for following in islice(coming, 1))
+        loader(unpack(bucket, entries, buffer))
     return waited

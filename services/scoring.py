@@ -2,9 +2,10 @@
 
 Invariant: a request names its `disc_version`, all responses of a group are in one request, and the replica
 either answers with exactly that version or fails; it fetches versions it lacks from the version store and
-keeps two. Requests that arrive together are scored in one forward pass.
+keeps two. A request brings any number of groups, since each costs a round trip of some milliseconds, and
+requests that arrive together are scored in one forward pass.
 
-Inside the cluster: `await handle.score.remote(version, prompt_text, responses)`.
+Inside the cluster: `await handle.score.remote(version, [(prompt_text, responses), ...])`.
 Outside, when asked for: `POST /v1/score` with a bearer token.
 """
 
@@ -24,6 +25,11 @@ from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
 from learner.environment import WORKER_ENVIRONMENT
+
+Group = tuple[str, list[tuple[str, bool]]]
+"""A prompt's text and its responses, each (text, complete)."""
+Request = tuple[int, list[Group]]
+"""A version and the groups that it is to score."""
 
 HTTP = FastAPI(title="rlgaf discriminator", version="1")
 
@@ -83,6 +89,11 @@ class PublishedVersions:
         await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
 
 
+def group_count(requests: list[Request]) -> int:
+    """Size of a batch of requests, in the unit of `scoring.max_batch_groups`."""
+    return sum(len(groups) for _, groups in requests)
+
+
 class _Replica:
     """One scoring replica."""
 
@@ -104,30 +115,23 @@ class _Replica:
         self._score_batch.set_max_batch_size(config.scoring.max_batch_groups)  # type: ignore[attr-defined]
         self._score_batch.set_batch_wait_timeout_s(config.scoring.batch_wait_s)  # type: ignore[attr-defined]
 
-    async def score(
-        self, version: int, prompt_text: str, responses: list[tuple[str, bool]]
-    ) -> list[dict[str, Any]]:
-        """Per-token scores of one group's (text, complete) responses, by exactly `version`."""
-        return await self._score_batch((version, prompt_text, responses))
+    async def score(self, version: int, groups: list[Group]) -> list[list[dict[str, Any]]]:
+        """Per-token scores of groups, at most `scoring.max_batch_groups` of them, by exactly `version`."""
+        return await self._score_batch((version, groups))
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
-    async def _score_batch(
-        self, requests: list[tuple[int, str, list[tuple[str, bool]]]]
-    ) -> list[list[dict[str, Any]]]:
-        answers: dict[int, list[dict[str, Any]]] = {}
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005, batch_size_fn=group_count)
+    async def _score_batch(self, requests: list[Request]) -> list[list[list[dict[str, Any]]]]:
+        answers: dict[int, list[list[dict[str, Any]]]] = {}
         for version in sorted({request[0] for request in requests}):
-            rows = [i for i, request in enumerate(requests) if request[0] == version]
-            scored = await asyncio.to_thread(
-                self._score, version, [requests[i][1] for i in rows], [requests[i][2] for i in rows]
-            )
-            answers.update(zip(rows, scored, strict=True))
+            numbers = [i for i, request in enumerate(requests) if request[0] == version]
+            groups = [group for i in numbers for group in requests[i][1]]
+            scored = iter(await asyncio.to_thread(self._score, version, groups))
+            answers |= {i: [next(scored) for _ in requests[i][1]] for i in numbers}
         return [answers[i] for i in range(len(requests))]
 
-    def _score(
-        self, version: int, prompts: list[str], responses: list[list[tuple[str, bool]]]
-    ) -> list[list[dict[str, Any]]]:
+    def _score(self, version: int, groups: list[Group]) -> list[list[dict[str, Any]]]:
         self.scorer.ensure(version, self.versions.fetch)
-        scored = self.scorer.score(version, prompts, responses)
+        scored = self.scorer.score(version, [prompt for prompt, _ in groups], [texts for _, texts in groups])
         return [[{"scores": item.scores, "spans": item.spans} for item in group] for group in scored]
 
     async def check_health(self) -> None:
@@ -156,9 +160,8 @@ class HttpScoringReplica(_Replica):
         if version is None:
             version = await self.versions.newest()
         try:
-            scored = await self.score(
-                version, request.prompt, [(text, request.complete) for text in request.responses]
-            )
+            texts = [(text, request.complete) for text in request.responses]
+            [scored] = await self.score(version, [(request.prompt, texts)])
         except UnknownVersion as error:
             raise HTTPException(status_code=404, detail=f"discriminator version {version}: {error}") from None
         return ScoreResponse(disc_version=version, scores=[float(item["scores"][-1]) for item in scored])

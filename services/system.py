@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 
 from discriminator.buffer import ReplayBuffer
+from discriminator.config import ScoringConfig
 from discriminator.preferences import PreferenceSides, for_preferences, preference_sides
 from discriminator.rank import DiscriminatorRank
 from discriminator.soft import SoftJudge, soft_judge
@@ -108,13 +109,16 @@ class System(PolicySide):
             "seed": config.run.seed,
         }
 
+    @property
+    def _scoring(self) -> ScoringConfig:
+        """Settings of the service. In exact mode each group is scored alone: which ones meet in a batch is a
+        matter of timing, and rounding depends on a product's shape."""
+        settings = self.config.discriminator.scoring
+        return settings.model_copy(update={"max_batch_groups": 1}) if self.config.run.exact else settings
+
     def _deploy(self) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
-        config = settings["config"]
-        if self.config.run.exact:
-            # Which groups meet in a batch is a matter of timing, and rounding depends on a product's shape.
-            alone = config.scoring.model_copy(update={"max_batch_groups": 1})
-            config = config.model_copy(update={"scoring": alone})
+        config = settings["config"].model_copy(update={"scoring": self._scoring})
         return deploy(
             self.app,
             config,
@@ -149,19 +153,21 @@ class System(PolicySide):
             groups.setdefault(group, []).append(row)
         prompts, texts = batch["prompt_text"].to_pylist(), batch["response_text"].to_pylist()
         complete = [reason == "stop" for reason in batch["finish_reason"].to_pylist()]
-        timeout = self.config.discriminator.scoring.timeout_s
+        settings = self._scoring
+        requests = max(settings.replicas, -(-len(groups) // settings.max_batch_groups))
+        shares = [list(groups.values())[i::requests] for i in range(min(requests, len(groups)))]
 
-        async def one(rows: list[int]) -> list[dict[str, Any]]:
-            call = self.scorer.score.remote(
-                version, prompts[rows[0]], [(texts[i], complete[i]) for i in rows]
-            )
-            return await within(timeout, "scoring a group", call)
+        async def one(share: list[list[int]]) -> list[list[dict[str, Any]]]:
+            asked = [(prompts[rows[0]], [(texts[i], complete[i]) for i in rows]) for rows in share]
+            call = self.scorer.score.remote(version, asked)
+            return await within(settings.timeout_s, f"scoring {len(share)} groups", call)
 
-        answers = await asyncio.gather(*(one(rows) for rows in groups.values()))
+        answers = await asyncio.gather(*(one(share) for share in shares))
         scores: list[dict[str, Any]] = [{}] * batch.num_rows
-        for rows, scored in zip(groups.values(), answers, strict=True):
-            for row, item in zip(rows, scored, strict=True):
-                scores[row] = item
+        for share, scored in zip(shares, answers, strict=True):
+            for rows, group in zip(share, scored, strict=True):
+                for row, item in zip(rows, group, strict=True):
+                    scores[row] = item
         return scores
 
     async def learn(self, scored: pa.Table, step: int, lr_factor: float) -> list[dict[str, float]]:

@@ -26,15 +26,15 @@ class Embedder:
         trust_remote_code: bool = False,
     ) -> None:
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from learner.pretrained import load_body
 
         self.name = model
         self._threads = threads
         self._batch_size = batch_size
         self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        self._model = AutoModel.from_pretrained(
-            model, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        self._model = load_body(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
         self._model.eval().requires_grad_(False)
         self._max_tokens = min(max_tokens, getattr(self._model.config, "max_position_embeddings", max_tokens))
         self._kept: dict[str, np.ndarray] = {}

@@ -137,5 +137,5 @@ def test_a_body_without_all_its_weights_is_refused(tiny_model: Path, tmp_path: P
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the body's weights.*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights.*layers\.1\.mlp\.up_proj"):
         load_discriminator(small(), str(folder), device="cpu", dtype=torch.float32)

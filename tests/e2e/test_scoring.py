@@ -75,29 +75,42 @@ def test_every_replica_answers_with_the_named_version_and_the_same_scores(
     handle, _, config, states = service
     for version in (0, 1):
         expected = local_scores(config, tiny_model, states, version)
-        calls = [handle.score.remote(version, "say cat: ", GROUP) for _ in range(12)]
+        calls = [handle.score.remote(version, [("say cat: ", GROUP)]) for _ in range(12)]
         for call in calls:  # both replicas get some, in batches of different sizes
-            for item, scores in zip(call.result(timeout_s=60), expected, strict=True):
+            [scored] = call.result(timeout_s=60)
+            for item, scores in zip(scored, expected, strict=True):
                 np.testing.assert_allclose(item["scores"], scores, atol=1e-4)
     first, second = (local_scores(config, tiny_model, states, v)[0][-1] for v in (0, 1))
     assert abs(first - second) > 1e-3, "the versions must differ, or the test shows nothing"
 
 
+def test_a_request_of_several_groups_is_answered_group_by_group(service: Any, tiny_model: Path) -> None:
+    handle, _, config, states = service
+    expected = [scores[-1] for scores in local_scores(config, tiny_model, states, 1)]
+    groups = [("say cat: ", [text]) for text in GROUP]
+    two = [handle.score.remote(1, groups[:2]), handle.score.remote(1, groups[2:])]
+    scored = [group for call in two for group in call.result(timeout_s=60)]
+    np.testing.assert_allclose([item["scores"][-1] for [item] in scored], expected, atol=1e-4)
+    with pytest.raises(Exception, match="greater than max_batch_size"):
+        handle.score.remote(1, groups * config.scoring.max_batch_groups).result(timeout_s=60)
+
+
 def test_versions_in_one_batch_are_kept_apart(service: Any, tiny_model: Path) -> None:
     handle, _, config, states = service
     expected = {v: local_scores(config, tiny_model, states, v)[0][-1] for v in (0, 1)}
-    calls = [(v, handle.score.remote(v, "say cat: ", GROUP)) for v in (0, 1, 0, 1, 1, 0)]
+    calls = [(v, handle.score.remote(v, [("say cat: ", GROUP)])) for v in (0, 1, 0, 1, 1, 0)]
     for version, call in calls:
-        assert call.result(timeout_s=60)[0]["scores"][-1] == pytest.approx(expected[version], abs=1e-4)
+        assert call.result(timeout_s=60)[0][0]["scores"][-1] == pytest.approx(expected[version], abs=1e-4)
 
 
 def test_a_version_that_is_gone_is_refused_not_replaced(service: Any) -> None:
     handle, store, _, states = service
     with pytest.raises(Exception, match="version 7 is not held"):
-        handle.score.remote(7, "say cat: ", GROUP).result(timeout_s=60)
+        handle.score.remote(7, [("say cat: ", GROUP)]).result(timeout_s=60)
     ray.get(store.publish.remote(2, state_checksum(states[2]), [ray.put(states[2])]))
     assert ray.get(store.versions.remote()) == [1, 2]
-    assert len(handle.score.remote(2, "say cat: ", GROUP).result(timeout_s=60)) == len(GROUP)
+    [scored] = handle.score.remote(2, [("say cat: ", GROUP)]).result(timeout_s=60)
+    assert len(scored) == len(GROUP)
 
 
 def test_http_needs_the_token_and_gives_the_same_scores(service: Any, tiny_model: Path) -> None:
