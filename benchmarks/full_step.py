@@ -77,6 +77,7 @@ def _fields(workload: Workload, repeats: int, data: dict[str, Any], folder: Path
         "learner.threads": workload.threads,
         "learner.micro_batch_tokens": workload.micro_batch_tokens,
         "discriminator.micro_batch_tokens": workload.micro_batch_tokens,
+        "discriminator.audit.enabled": False,  # its 2,000 base samples would take longer than the steps
         "discriminator.warmup_max_steps": 1,
         "evaluation.every": repeats + 1,
         "evaluation.prompts": 8,
