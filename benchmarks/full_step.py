@@ -2,6 +2,7 @@
 read off its metrics.
 
 Responses end where the model ends them, so a step has at most as many tokens as the other contenders' steps.
+Policy and discriminator train adapters: all weights of two 135M models would need more than 24 GiB.
 """
 
 import json
@@ -20,6 +21,7 @@ from benchmarks.workload import Workload
 
 PHASES = ("generate", "score", "learn", "sync", "discriminate")
 POLL_S = 1.0
+LORA_RANK = 32
 
 
 def run_full_steps(workload: Workload, repeats: int, data: dict[str, Any], log: Path) -> dict[str, Any]:
@@ -77,6 +79,8 @@ def _fields(workload: Workload, repeats: int, data: dict[str, Any], folder: Path
         "learner.threads": workload.threads,
         "learner.micro_batch_tokens": workload.micro_batch_tokens,
         "discriminator.micro_batch_tokens": workload.micro_batch_tokens,
+        "learner.lora.rank": LORA_RANK,
+        "discriminator.lora.rank": LORA_RANK,
         "discriminator.audit.enabled": False,  # its 2,000 base samples would take longer than the steps
         "discriminator.warmup_max_steps": 1,
         "evaluation.every": repeats + 1,
