@@ -55,18 +55,14 @@ class Controller:
 
     async def run(self, every_step: Callable[[int], Any]) -> None:
         """Train to `run.steps`; `every_step(step)` is awaited after each (evaluation, checkpoints)."""
-        alongside = self.config.run.max_disc_lag > 0
         self.running = True
         while not self.finished and not self.stopping:
             batch = await self.generate()
-            if alongside:
-                await self.discriminate(batch)
             scored = await self.score(batch)
-            learned = await self.learn(scored)
+            judged = self.discriminate(batch)
+            learned = await self.learn(scored, judged)
             synced = await self.sync(self.step + 1)
-            if not alongside:
-                await self.discriminate(batch)
-            self.report(batch, scored, learned, synced)
+            self.report(batch, scored, judged, learned, synced)
             self.step += 1
             await every_step(self.step)
         await self.settle()
@@ -122,9 +118,9 @@ class Controller:
         scores, spans = [item["scores"] for item in answers], [item["spans"] for item in answers]
         return stamp(batch, version, scores, spans, level=settings.level, config=settings.reward, **inputs)
 
-    async def learn(self, scored: pa.Table) -> dict[str, Any]:
+    async def learn(self, scored: pa.Table, judged: dict[str, Any]) -> dict[str, Any]:
         """One policy update, slower or none where the health gate says so; returns the learner's metrics."""
-        factor = self._disc_metrics.get("policy_factor", 1.0)
+        factor = judged.get("policy_factor", 1.0)
         with self.timer("learn"):
             metrics = (await self.system.learn(scored, self.step, factor))[0]
         for group in pc.unique(scored["group_id"]).to_pylist():
@@ -139,10 +135,12 @@ class Controller:
         with self.timer("sync"):
             return await self.system.sync(version)
 
-    async def discriminate(self, batch: pa.Table) -> None:
-        """Queue this step's discriminator turn; turns run one after another while the policy goes on."""
+    def discriminate(self, batch: pa.Table) -> dict[str, Any]:
+        """Queue this step's discriminator turn; turns run one after another while the policy goes on. Returns
+        the metrics of the last finished one."""
         earlier = self._turns[-1] if self._turns else None
         self._turns.append(asyncio.create_task(self._discriminate(batch, self.step, earlier)))
+        return self._disc_metrics
 
     async def _discriminate(self, batch: pa.Table, step: int, earlier: "asyncio.Task[None] | None") -> None:
         if earlier is not None:
@@ -182,18 +180,21 @@ class Controller:
         )
 
     def report(
-        self, batch: pa.Table, scored: pa.Table, learned: dict[str, Any], synced: dict[str, float]
+        self,
+        batch: pa.Table,
+        scored: pa.Table,
+        judged: dict[str, Any],
+        learned: dict[str, Any],
+        synced: dict[str, float],
     ) -> None:
-        """Hand this step's metrics to the observer. Discriminator numbers are those of the last finished
-        turn.
-        """
+        """Hand this step's metrics to the observer."""
         self.observe(
             self.step + 1,
             {
                 "reward": reward_metrics(scored),
                 "response": response_metrics(batch),
                 "policy": learned,
-                "discriminator": self._disc_metrics,
+                "discriminator": judged,
                 "sync": synced,
                 "lag": {
                     "policy": lag(batch, self.step).to_pylist(),

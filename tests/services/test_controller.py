@@ -217,21 +217,26 @@ def test_without_lag_generation_waits_for_the_sync():
         assert machine.when("learn ends", step) < machine.when("generate begins", step + 1)
 
 
-def test_the_discriminators_turn_overlaps_the_next_generation_and_is_awaited_before_scoring():
+@pytest.mark.parametrize("disc_lag", [0, 1])
+def test_the_discriminators_turn_overlaps_update_and_next_generation(disc_lag):
     machine = Machine(generating=3, judging=9)
-    drive(machine, configuration(steps=4))
+    drive(machine, configuration(steps=4, max_disc_lag=disc_lag))
     for step in range(3):
-        assert machine.when("learn ends", step) < machine.when("discriminate begins", step)
-        assert machine.when("generate begins", step + 1) < machine.when("discriminate ends", step)
-    assert machine.scored == [(0, 0), (1, 1), (2, 2), (3, 3)]
-
-
-def test_with_a_discriminator_lag_its_turn_overlaps_the_policys_own_update():
-    machine = Machine(judging=9)
-    drive(machine, configuration(steps=4, max_disc_lag=1))
-    for step in range(4):
         assert machine.when("discriminate begins", step) < machine.when("learn ends", step)
-    assert all(learned - version <= 1 for learned, version in machine.scored)
+        assert machine.when("generate begins", step + 1) < machine.when("discriminate ends", step)
+    assert all(learned - version <= disc_lag for learned, version in machine.scored)
+
+
+@pytest.mark.parametrize("judging", [0, 1, 9])
+def test_without_lag_nothing_depends_on_how_long_a_turn_takes(judging):
+    machine = Machine(judging=judging)
+    _, observed = drive(machine, configuration(steps=4))
+    assert machine.scored == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert [observed[step]["discriminator"] for step in (2, 3, 4)] == [
+        {"turn": 0.0},
+        {"turn": 1.0},
+        {"turn": 2.0},
+    ]
 
 
 @pytest.mark.parametrize("disc_lag", [1, 2])
