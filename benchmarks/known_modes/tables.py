@@ -97,7 +97,7 @@ def tuning_table(lines: Sequence[tuple[str, Sequence[Result]]]) -> str:
     for name, results in lines:
         keys = [r["selection"] if r["selection"] is not None else float("-inf") for r in results]
         for result, key in zip(results, keys, strict=True):
-            row = next((r for r in result["curve"] if r["step"] == result["best_step"]), {})
+            row: dict[str, Any] = next((r for r in result["curve"] if r["step"] == result["best_step"]), {})
             rows.append(
                 (
                     name,
