@@ -2,8 +2,8 @@
 
 Invariant: a request names its `disc_version`, all responses of a group are in one request, and the replica
 either answers with exactly that version or fails; it fetches versions it lacks from the version store and
-keeps two. A request brings up to `scoring.max_batch_groups` groups, since each costs a round trip, and requests
-that arrive together are scored in one forward pass, up to the same number.
+keeps two. A request brings up to `scoring.max_batch_groups` groups, since each costs a round trip, and
+requests that arrive together are scored in one forward pass, up to the same number.
 
 Inside the cluster: `await handle.score.remote(version, [(prompt_text, responses), ...])`.
 Outside, when asked for: `POST /v1/score` with a bearer token.
