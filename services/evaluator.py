@@ -86,14 +86,11 @@ class Evaluator:
         await self.export("last")
         await self._keep_test("last", step)
         rows: dict[str, Row] = {}
-        measured: dict[int, Row] = {}
         for name in ("base", "best", "last"):
-            at = self._step_of(name, step)
-            if at not in measured:
-                texts, nll = pq.read_table(self._test_file(name)), self.test_nll[name]
-                row = await self._measure(texts, nll)
-                measured[at] = await self._with_extra(row, texts, "model", nll, split, prompts)
-            rows[name] = {**measured[at], "step": at}
+            texts = pq.read_table(self._test_file(name))
+            nll = self.test_nll[name]
+            row = await self._with_extra(await self._measure(texts, nll), texts, "model", nll, split, prompts)
+            rows[name] = {**row, "step": self._step_of(name, step)}
         texts, least = pq.read_table(self._test_file("last")), min(self.test_nll.values())
         row = await asyncio.to_thread(
             human_row,
@@ -147,10 +144,9 @@ class Evaluator:
             self.best_step, self.best_key, self.test_nll["best"] = best["step"], best["key"], best["nll"]
 
     async def _keep_test(self, name: str, step: int) -> None:
-        known = {"best": "base", "last": "best"}.get(name)
-        if known is not None and step == self._step_of(known, step):  # the same policy's answers are at hand
-            shutil.copyfile(self._test_file(known), self._test_file(name))
-            self.test_nll[name] = self.test_nll[known]
+        if name == "best" and step == 0:  # it is the base, whose answers are at hand
+            shutil.copyfile(self._test_file("base"), self._test_file("best"))
+            self.test_nll["best"] = self.test_nll["base"]
             return
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
         texts, _ = await self._draw(split, prompts, step)
