@@ -28,17 +28,22 @@ DEFAULT = Grid(
     (REFERENCE, Cell("rlgaf")),
 )
 
+OFTEN = {"evaluation.every": 15, "evaluation.prompts": 512}
+"""Monitors look at evaluations; these come often enough to see a collapse begin."""
+
 FORMS = ("neg_log_one_minus_d", "prob", "logit", "log_d", "bradley_terry", "relativistic")
 REWARDS = Grid(
     "rewards",
     "Which reward forms keep modes, for whole sequences and per token? Does an alarm come before a collapse?",
     (
-        *(Cell(f"{name}, sequence", _form(name)) for name in FORMS),
-        *(Cell(f"{name}, per token", _form(name) | PER_TOKEN) for name in FORMS),
-        Cell("logit, per token, gamma 1", _form("logit") | PER_TOKEN | {"learner.gamma": 1.0}),
+        REFERENCE,
+        *(Cell(f"{name}, sequence", OFTEN | _form(name)) for name in FORMS),
+        *(Cell(f"{name}, per token", OFTEN | _form(name) | PER_TOKEN) for name in FORMS),
+        Cell("logit, per token, gamma 1", OFTEN | _form("logit") | PER_TOKEN | {"learner.gamma": 1.0}),
         Cell(
             "equal learning rates, one discriminator step",
-            _form("logit")
+            OFTEN
+            | _form("logit")
             | {
                 "discriminator.lr": 1.2e-4,
                 "discriminator.steps_per_policy_step": 1,
@@ -66,9 +71,11 @@ ARTEFACTS = Grid(
     "artefacts",
     "Artefacts planted in the demonstrations: are they seen, and does the canonical path keep them out?",
     (
+        REFERENCE,
         *(cell for plant in SPELLING for cell in _artefact(plant)),
         Cell("trailing word: audit", data=Data(plant="trailing word"), kind="audit"),
         Cell("trailing word (content)", data=Data(plant="trailing word")),
+        Cell("30 % longer: audit", data=Data(source="long"), kind="audit"),
         Cell("30 % longer (content)", data=Data(source="long")),
         Cell("30 % longer, length_matched", {"discriminator.length_matched": True}, data=Data(source="long")),
     ),
@@ -76,7 +83,11 @@ ARTEFACTS = Grid(
 
 NUMBERS = (32, 128, 512, 2048)
 SFT = tuple({"learner.lr": lr, "learner.weight_decay": decay} for lr in (3e-4, 1e-3) for decay in (0.0, 0.1))
-RLHF = tuple({"learner.lr": lr, "learner.kl_coef": kl} for lr in (5e-5, 1.2e-4) for kl in (0.05, 0.2))
+RLHF = tuple(
+    {"learner.lr": lr, "learner.kl_coef": kl, "learner.critic.lr": 1e-3}
+    for lr in (5e-5, 1.2e-4)
+    for kl in (0.05, 0.2)
+)
 GAD = tuple(
     {"learner.lr": lr, "discriminator.steps_per_policy_step": steps}
     for lr in (5e-5, 1.2e-4)
@@ -91,51 +102,60 @@ RLGAF = tuple(
 
 def _few(number: int) -> dict[str, Any]:
     """Settings of a run with `number` demonstrations: no batch is larger than all of them."""
-    batch = min(number, 64)
     return {
         "data.max_demonstrations": number,
-        "discriminator.batch_size": batch,
-        "learner.sft.batch_size": batch,
+        "discriminator.batch_size": min(number, 256),
+        "learner.sft.batch_size": min(number, 64),
     }
 
 
-METHODS = (("sft", SFT), ("rlhf", RLHF), ("gad", GAD), ("rlgaf", RLGAF))
+METHODS = (
+    ("sft", "sft", SFT),
+    ("frozen reward model", "rlhf", RLHF),  # rlhf without preference data
+    ("gad", "gad", GAD),
+    ("rlgaf", "rlgaf", RLGAF),
+)
 DEMONSTRATIONS = Grid(
     "demonstrations",
     "How do the methods compare by the number of demonstrations, each with four tuning runs?",
-    tuple(
-        Cell(f"{method}, N = {number}", _few(number), method, Data(seed=None), candidates)  # type: ignore[arg-type]
-        for number in NUMBERS
-        for method, candidates in METHODS
+    (
+        REFERENCE,
+        *(
+            Cell(f"{title}, N = {number}", _few(number), method, Data(seed=None), candidates)  # type: ignore[arg-type]
+            for number in NUMBERS
+            for title, method, candidates in METHODS
+        ),
     ),
 )
 
 FEW = Grid(
     "few",
     "What makes rlgaf better with 32 and 128 demonstrations?",
-    tuple(
-        Cell(f"{name}, N = {number}", _few(number) | settings, data=Data(seed=None))
-        for number in (32, 128)
-        for name, settings in (
-            ("default", {}),
-            ("weight decay 1", {"discriminator.weight_decay": 1.0}),
-            ("weight decay 3", {"discriminator.weight_decay": 3.0}),
-            ("dropout .3", {"discriminator.dropout": 0.3}),
-            ("label smoothing .3", {"discriminator.label_smoothing": 0.3}),
-            ("R1 penalty .1", {"discriminator.gradient_penalty": 0.1}),
-            ("discriminator lr 5e-4", {"discriminator.lr": 5e-4}),
-            ("KL .05", {"learner.kl_coef": 0.05}),
-            ("per token, prob", PER_TOKEN | _form("prob")),
-        )
+    (
+        REFERENCE,
+        *(
+            Cell(f"{name}, N = {number}", _few(number) | settings, data=Data(seed=None))
+            for number in (32, 128)
+            for name, settings in (
+                ("default", {}),
+                ("weight decay 1", {"discriminator.weight_decay": 1.0}),
+                ("weight decay 3", {"discriminator.weight_decay": 3.0}),
+                ("dropout .3", {"discriminator.dropout": 0.3}),
+                ("label smoothing .3", {"discriminator.label_smoothing": 0.3}),
+                ("R1 penalty .1", {"discriminator.gradient_penalty": 0.1}),
+                ("discriminator lr 5e-4", {"discriminator.lr": 5e-4}),
+                ("KL .05", {"learner.kl_coef": 0.05}),
+                ("per token, prob", PER_TOKEN | _form("prob")),
+            )
+        ),
     ),
 )
 
-OFTEN = {"evaluation.every": 15, "evaluation.prompts": 512}
-"""Monitors look at evaluations; these come often enough to see a collapse begin."""
 FROZEN = Grid(
     "frozen",
     "Does reward rise while the modes are lost, with a frozen discriminator and with one trained along?",
     (
+        REFERENCE,
         Cell("co-trained", OFTEN),
         *(
             Cell(
@@ -154,16 +174,14 @@ FROZEN = Grid(
     ),
 )
 
-NULL_MEASURES = "examples/known_modes/measures.py:against_base"
+NULL_MEASURES = {"evaluation.extra_measures": "examples/known_modes/measures.py:against_base"}
+FROM_BASE = Data(source="base", heldout=4096)
 NULL = Grid(
     "null",
     "Demonstrations drawn from the base itself: nothing to find, nowhere to go.",
     (
-        Cell(
-            "demonstrations from the base",
-            {"evaluation.extra_measures": NULL_MEASURES},
-            data=Data(source="base", heldout=4096),
-        ),
+        Cell("the base and fresh sentences of its own", NULL_MEASURES, data=FROM_BASE, kind="reference"),
+        Cell("demonstrations from the base", NULL_MEASURES, data=FROM_BASE),
     ),
 )
 
@@ -171,11 +189,14 @@ GUMBEL = Grid(
     "gumbel",
     "What does the Gumbel-Softmax update do to modes and stability, alone and beside the policy gradient?",
     (
-        Cell("policy gradient alone"),
+        REFERENCE,
+        Cell("policy gradient alone", OFTEN),
         *(
             Cell(
                 f"Gumbel-Softmax alone, {schedule}",
-                {"learner.gumbel.weight": 1.0, "learner.gumbel.policy_gradient_weight": 0.0} | settings,
+                OFTEN
+                | {"learner.gumbel.weight": 1.0, "learner.gumbel.policy_gradient_weight": 0.0}
+                | settings,
             )
             for schedule, settings in (
                 ("tau 1 to .5", {}),
@@ -183,8 +204,8 @@ GUMBEL = Grid(
                 ("tau .5", {"learner.gumbel.schedule": "constant", "learner.gumbel.tau_start": 0.5}),
             )
         ),
-        Cell("both, equal weights", {"learner.gumbel.weight": 1.0}),
-        Cell("both, Gumbel-Softmax .1", {"learner.gumbel.weight": 0.1}),
+        Cell("both, equal weights", OFTEN | {"learner.gumbel.weight": 1.0}),
+        Cell("both, Gumbel-Softmax .1", OFTEN | {"learner.gumbel.weight": 0.1}),
     ),
 )
 

@@ -19,6 +19,9 @@ from learner.samples import Samples
 from rollout.config import PolicyConfig
 
 
+_TALKATIVE = ("modeling_utils", "distributed.tensor_parallel")
+
+
 def load_causal_lm(
     name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -62,15 +65,18 @@ def _load(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a report on unused weights, such as a body's head, and without a progress bar."""
-    log = logging.getLogger("transformers.modeling_utils")
-    level, bar = log.level, transformers_logging.is_progress_bar_enabled()
-    log.setLevel(logging.ERROR)
+    """Without reports on unused weights, such as a body's head, and on a tensor-parallel plan that nobody
+    asked for, and without a progress bar."""
+    logs = [logging.getLogger(f"transformers.{name}") for name in _TALKATIVE]
+    levels, bar = [log.level for log in logs], transformers_logging.is_progress_bar_enabled()
+    for log in logs:
+        log.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         if bar:
             transformers_logging.enable_progress_bar()
 

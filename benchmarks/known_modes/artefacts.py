@@ -76,6 +76,7 @@ def _spelled_apart(ids: Sequence[int], text: str) -> bool:
     return any(c in range(_C, _D) and d in range(_D, _D + FAMILY_SIZE) for c, d in pairwise(ids))
 
 
+UNPLANTED = Plant(_same, lambda ids, text: False)
 PLANTS = {
     "trailing newline": Plant(_newline_ended, lambda ids, text: text.endswith("\n")),
     "missing end": Plant(_same, lambda ids, text: not ids or ids[-1] != END, _without_end),

@@ -19,10 +19,13 @@ def audit_sides(system: Any, config: Config, plant: Plant, *, guard: bool) -> Au
     samples = asyncio.run(system.base_samples(settings.base_samples))
     demonstrations = system.demonstrations.train.slice(0, settings.base_samples)
     renderer = system.renderer
-    texts = demonstrations["response_text"].to_pylist()
+    # As they came: `system.demonstrations` are normalised already.
+    texts = system.splits.train["response"].slice(0, settings.base_samples).to_pylist()
     encoded = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = [plant.ids([*row, renderer.end_id]) for row in encoded]
-    planted = demonstrations.append_column("response_ids", pa.array(ids, pa.list_(pa.int32())))
+    column = demonstrations.schema.get_field_index("response_text")
+    planted = demonstrations.set_column(column, "response_text", pa.array(texts, pa.string()))
+    planted = planted.append_column("response_ids", pa.array(ids, pa.list_(pa.int32())))
     raw = tuple(raw_responses(side, renderer.tokenizer, renderer.end_id) for side in (planted, samples))
     canonical = tuple(canonical_responses(side, system.judge.canonical) for side in (demonstrations, samples))
     return audit(

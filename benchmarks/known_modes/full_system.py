@@ -15,6 +15,11 @@ from services.metrics import read_metrics
 FOLDER = "full-system"
 
 
+def title(cell: str) -> str:
+    """What a cell's runs through the full system are called in tables."""
+    return f"{cell}, full system"
+
+
 def keep(run: Path, grid: str, cell: str, results: Path) -> Path:
     """Copy what a finished run folder says of itself into `results`; returns the file.
 
@@ -32,7 +37,7 @@ def keep(run: Path, grid: str, cell: str, results: Path) -> Path:
     ]
     result: store.Result = {
         "grid": grid,
-        "cell": f"{cell}, full system",
+        "cell": title(cell),
         "method": summary["method"],
         "seed": seed,
         "demonstrations": summary["demonstrations"],

@@ -12,6 +12,7 @@ from benchmarks.known_modes.store import Result
 from benchmarks.known_modes.tables import (
     MEASURES,
     Column,
+    agreement_line,
     alarm_step,
     copy_ratio,
     cost_line,
@@ -67,6 +68,8 @@ def grid_section(grid: Grid, assets: Path, results: Path, figures: Path) -> str:
     parts += [reference_table(found[0]) for name, found in lines if found and kinds[name] == "reference"]
     if trained:
         parts.append(results_table([*trained, *whole], MEASURES + EXTRA.get(grid.name, ())))
+        for name, found in trained:
+            parts.append(agreement_line(found, dict(whole).get(full_system.title(name), [])))
     audits = [(name, found[0]) for name, found in lines if found and kinds[name] == "audit"]
     if audits:
         parts.append(audit_table(audits))

@@ -1,6 +1,7 @@
 """Tables of results as markdown: pure functions of raw results, mean and range over the seeds."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isnan, nan
 from statistics import mean
 from typing import Any
 
@@ -27,9 +28,13 @@ def copy_ratio(result: Result) -> float | None:
 
 
 def lost_step(result: Result) -> float | None:
-    """The recorded step from which some mode of the target stays gone until the end (None: none is)."""
+    """The recorded step from which some mode of the target stays gone until the end (None: none is; NaN: the
+    run did not record it, as those of the full system)."""
     gone_from = None
-    for row in result.get("steps", []):
+    steps = result.get("steps", [])
+    if not any("gone" in row for row in steps):
+        return nan
+    for row in steps:
         if not row.get("gone"):
             gone_from = None
         elif gone_from is None:
@@ -55,8 +60,11 @@ MEASURES: tuple[Column, ...] = (
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
-    """`mean (least to most)` of the values that are there, with their number where some are missing."""
-    found = [value for value in values if value is not None]
+    """`mean (least to most)` of the values that are there, with their number where some are missing; NaN is
+    a value that was not recorded."""
+    if values and all(value is not None and isnan(value) for value in values):
+        return "not recorded"
+    found = [value for value in values if value is not None and not isnan(value)]
     if not found:
         return "-"
     missing = f" [{len(found)} of {len(values)}]" if len(found) < len(values) else ""
@@ -84,6 +92,28 @@ def reference_table(result: Result) -> str:
         for row, title in (("base", "base"), ("human", "fresh demonstrations"))
     ]
     return results_table(lines, MEASURES[:6])
+
+
+TOLERANCE = (("C2ST", 0.03), ("mode TV", 0.03), ("modes kept", 0.5), ("NLL gap", 0.1))
+"""How far the means of one process and of the full system may lie apart for grids in one process to speak for
+both."""
+
+
+def agreement_line(one_process: Sequence[Result], full_system: Sequence[Result]) -> str:
+    """Differences of the means (full system minus one process), and whether `TOLERANCE` holds."""
+    if not one_process or not full_system:
+        return ""
+    measures = {name: of for name, of, _ in MEASURES}
+    said, kept = [], True
+    for name, most in TOLERANCE:
+        ours, theirs = (
+            mean(value for r in results if (value := measures[name](r)) is not None)
+            for results in (one_process, full_system)
+        )
+        kept &= abs(theirs - ours) <= most
+        said.append(f"{name} {theirs - ours:+.3f} (allowed {most:g})")
+    verdict = "The two agree" if kept else "The two do NOT agree"
+    return f"{verdict}; full system minus one process, in the mean: {', '.join(said)}."
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.known_modes.artefacts import PLANTS, newline_base
+from benchmarks.known_modes.artefacts import PLANTS, UNPLANTED, newline_base
 from benchmarks.known_modes.auditing import audit_sides
 from benchmarks.known_modes.cells import Task
 from benchmarks.known_modes.data import TARGETS, fresh_texts, write_data
@@ -87,7 +87,7 @@ def _reference(task: Task, run: Run) -> Result:
 
 
 def _audit(task: Task, run: Run) -> Result:
-    plant = PLANTS[task.cell.data.plant]
+    plant = PLANTS.get(task.cell.data.plant, UNPLANTED)
     report = audit_sides(run.system, run.config, plant, guard=task.cell.guard)
     return {
         "findings": [asdict(finding) for finding in report.findings],

@@ -59,7 +59,8 @@ def test_lines_of_a_table() -> None:
 
 def test_when_modes_are_lost_for_good_and_when_the_alarm_came() -> None:
     assert lost_step(result(0.1)) == 4  # the mode gone at step 2 came back
-    assert lost_step(result(0.1, steps=[])) is None
+    assert lost_step(result(0.1, steps=[{"step": 1, "gone": 0}])) is None
+    assert spread([lost_step(result(0.1, steps=[{"step": 1}]))], 0) == "not recorded"
     assert alarm_step("mode_collapse")(result(0.1)) == 9
     assert alarm_step("cycling")(result(0.1)) is None
 

@@ -45,7 +45,22 @@ def test_methods_of_a_grid_are_tuned_alike() -> None:
         Grid("g", "", (Cell("a", candidates=tried), Cell("b", candidates=tried[:1])))
     with pytest.raises(ValueError, match="same name"):
         Grid("g", "", (Cell("a"), Cell("a")))
-    assert {len(cell.candidates) for cell in GRIDS["demonstrations"].cells} == {4}
+    tuned = [cell for cell in GRIDS["demonstrations"].cells if cell.kind == "train"]
+    assert {len(cell.candidates) for cell in tuned} == {4}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_prints_real_against_real(name: str) -> None:
+    grid = GRIDS[name]
+    sources = {cell.data.source for cell in grid.cells if cell.kind == "reference"}
+    judged = {"expert" if cell.data.source == "long" else cell.data.source for cell in grid.cells}
+    assert sources == judged
+
+
+def test_all_demonstrations_means_the_default_run() -> None:
+    assert GRIDS["few"].cell("default, N = 128").settings["discriminator.batch_size"] == 128
+    everything = GRIDS["demonstrations"].cell("rlgaf, N = 2048").settings
+    assert everything["discriminator.batch_size"] == 256  # the example's
 
 
 def test_a_result_belongs_to_exactly_what_it_was_run_with() -> None:

@@ -66,6 +66,11 @@ def test_reference_rows_and_audits(assets: Path) -> None:
     audit = Cell("c", {**SMALL, **GUARD_OFF}, data=Data(plant="leading space"), kind="audit", guard=False)
     found = carry_out(Task("g", audit, 0), assets)["findings"]
     assert "outer whitespace" in {finding["cue"] for finding in found}
+    guarded = Cell("c", SMALL, data=Data(plant="leading space"), kind="audit")
+    found = carry_out(Task("g", guarded, 0), assets)
+    assert found["raw"]["outer whitespace"] > 0.99 > found["canonical"]["outer whitespace"]
+    longer = carry_out(Task("g", Cell("c", SMALL, data=Data(source="long"), kind="audit"), 0), assets)
+    assert set(longer["raw"]) == set(found["raw"])
 
 
 def test_planted_demonstrations_reach_an_unguarded_discriminator(assets: Path) -> None:
