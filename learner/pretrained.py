@@ -18,7 +18,6 @@ from learner.logprobs import ScoredModel
 from learner.samples import Samples
 from rollout.config import PolicyConfig
 
-
 _TALKATIVE = ("modeling_utils", "distributed.tensor_parallel")
 
 
