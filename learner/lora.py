@@ -1,5 +1,10 @@
 """Low-rank adapters (Hu et al. 2021) through peft: attach, switch off for the reference, and merge for
-export."""
+export.
+
+Invariant: an adapted layer computes with the very weight that is sent and exported, the adapter folded into
+W and rounded to its dtype. Computed beside W, as usual, the adapter is more exact than what a sampler can
+hold, and in bfloat16 the difference grows with it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +13,8 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig as PeftLora
 from peft import get_peft_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from learner.config import LoraConfig
@@ -20,17 +25,51 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
     happens."""
     if config.rank == 0:
         return model
-    wrapped = get_peft_model(
-        model,
-        PeftLora(
-            r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]
-            target_modules=config.target_modules,
-            lora_dropout=0.0,
-            bias="none",
-        ),
+    adapter = PeftLora(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        target_modules=config.target_modules,
+        lora_dropout=0.0,
+        bias="none",
     )
-    return cast(PreTrainedModel, wrapped.get_base_model())
+    adapter._register_custom_module({nn.Linear: FoldedLinear})
+    return cast(PreTrainedModel, get_peft_model(model, adapter).get_base_model())
+
+
+class FoldedLinear(Linear):  # type: ignore[misc]
+    """A linear layer that multiplies by W + (alpha / r) B A, rounded to W's dtype."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., out] for x [..., in]; what W alone gives while adapters are off."""
+        base = self.get_base_layer()
+        if self.disable_adapters:
+            return base(x)
+        (name,) = self.active_adapters
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _Folded.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
+
+
+class _Folded(torch.autograd.Function):
+    """x (W + s B A)^T + bias. Gradients of A and B go through the low rank and pass over the rounding; the
+    folded weight is made again for the backward pass, so that no copy of the model's weights is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scaling = s
+        return nn.functional.linear(x, _folded(weight, a, b, s), bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        s = ctx.scaling
+        into_x = slope @ _folded(weight, a, b, s) if ctx.needs_input_grad[0] else None
+        slopes, rows = slope.flatten(0, -2), x.flatten(0, -2)
+        return into_x, None, None, s * ((slopes @ b).T @ rows), s * (slopes.T @ (rows @ a.T)), None
+
+
+def _folded(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -66,9 +105,11 @@ def merged_weight(layer: Any) -> torch.Tensor:
 
     All three matrices must be present on this rank (gathered, under ZeRO-3).
     """
-    base = layer.get_base_layer().weight.detach()
-    delta = torch.zeros_like(base, dtype=torch.float32)
-    for adapter in layer.active_adapters:
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        delta += layer.scaling[adapter] * (b.detach().float() @ a.detach().float())
-    return (base.float() + delta).to(base.dtype)
+    (name,) = layer.active_adapters
+    with torch.no_grad():
+        return _folded(
+            layer.get_base_layer().weight,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+        )

@@ -82,3 +82,43 @@ def test_two_ranks_change_nothing_and_send_merged_weights(tiny_model, uneven_tab
         for name, tensor in expected.items():
             torch.testing.assert_close(weights[name], tensor, atol=2e-6, rtol=1e-5, msg=f"{stage}: {name}")
         assert ranks_metrics[1]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_layer_computes_with_the_weight_that_is_sent(dtype):
+    layer = adapted_layer(dtype)
+    x = torch.randn(3, 5, 48, dtype=dtype)
+    expected = torch.nn.functional.linear(x, lora.merged_weight(layer), layer.get_base_layer().bias)
+    assert torch.equal(layer(x), expected)
+    with lora.adapters_off(layer):
+        assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+def test_gradients_are_those_of_an_adapter_beside_its_layer():
+    layer = adapted_layer(torch.float64)
+    a, b = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    x = torch.randn(3, 5, 48, dtype=torch.float64, requires_grad=True)
+
+    def beside(x):
+        return layer.get_base_layer()(x) + layer.scaling["default"] * (x @ a.T @ b.T)
+
+    found, expected = (torch.autograd.grad(f(x).square().sum(), (x, a, b)) for f in (layer, beside))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # the fold itself is float32
+
+    def penalty(f):  # as R1 has it: a derivative of a derivative
+        (slope,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), (a, b))
+
+    for one, other in zip(penalty(layer), penalty(beside), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+def adapted_layer(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 32))
+    model.config = None
+    adapter = LearnerConfig(**SETTINGS).lora.model_copy(update={"target_modules": ["0"]})
+    (_, layer), *_ = lora.adapters(lora.attach(model, adapter))
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+    return layer.to(dtype)
