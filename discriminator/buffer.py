@@ -97,7 +97,7 @@ class ReplayBuffer:
         if not steps:
             raise LookupError(f"the replay buffer holds no rollout up to step {step}")
         fresh = self._tables[steps[-1]].sort_by("trajectory_id")
-        old = [self._tables[s] for s in steps[:-1]]
+        old = [self._tables[s] for s in steps[:-1]] if fraction else []
         replay = pa.concat_tables(old).sort_by("trajectory_id") if old else fresh.slice(0, 0)
         most_fresh = min(fresh.num_rows, n - round(n * fraction))
         from_replay = min(replay.num_rows, round(most_fresh * fraction / (1 - fraction)))

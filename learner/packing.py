@@ -134,12 +134,13 @@ def pack(
     longest = max((len(g.prompt) + len(r) for g in groups for r in g.responses), default=0)
     capacity = max(pack_length, longest)
     pieces = [piece for group in groups for piece in _split(group, capacity, keep_last)]
-    order = sorted(range(len(pieces)), key=lambda i: (-packed_length(pieces[i], keep_last), i))
-    capacity = max((packed_length(piece, keep_last) for piece in pieces), default=0)
+    needs = [packed_length(piece, keep_last) for piece in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: (-needs[i], i))
+    capacity = max(needs, default=0)
     bins: list[list[Group]] = []
     room: list[int] = []
     for i in order:
-        need = packed_length(pieces[i], keep_last)
+        need = needs[i]
         for b, left in enumerate(room):
             if need <= left:
                 bins[b].append(pieces[i])
