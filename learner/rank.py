@@ -55,6 +55,7 @@ class LearnerRank:
             seed=seed,
             judge=None if judge is None else judge(),
         )
+        self.version = 0  # of the weights
         self.sender: WeightSender | None = None
         self.kept = Snapshot()
 
@@ -62,7 +63,9 @@ class LearnerRank:
         """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics and this rank's
         memory.
         """
-        return self.learner.train_step(ray.get(table), step, lr_factor) | {"memory_mib": memory_mib()}
+        metrics = self.learner.train_step(ray.get(table), step, lr_factor)
+        self.version = step + 1
+        return metrics | {"memory_mib": memory_mib()}
 
     def supervised_step(self, table: "ray.ObjectRef[pa.Table]") -> dict[str, Any]:
         """One supervised update on examples; `supervised_step`'s metrics and this rank's memory."""
@@ -108,14 +111,17 @@ class LearnerRank:
             bucket_bytes=self.rollout.sync_bucket_mib * MIB,
         )
 
-    def sync(self, version: int) -> dict[str, Any]:
-        """Broadcast the weights as `version`. A failure of workers is an answer, not an exception: the
+    def sync(self, version: int | None) -> dict[str, Any]:
+        """Broadcast the weights as `version`, by default the one they have: whoever replaces a worker does
+        not know whether an update comes first. A failure of workers is an answer, not an exception: the
         learner is well, and the controller replaces them. Returns timings, or the indices of workers to
         replace and `error`.
         """
         assert self.sender is not None, "connect() first"
+        if version is not None:
+            self.version = version
         try:
-            return {"replace": [], **self.sender.send(version)}
+            return {"replace": [], **self.sender.send(self.version)}
         except WeightSyncError as error:
             return {"replace": sorted({*error.broken, *error.failures}), "error": str(error)}
 

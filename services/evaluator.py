@@ -3,6 +3,10 @@
 The best checkpoint is the one with the highest `selection_key` (C2ST and coverage on selection prompts),
 never the one with the highest reward. Test responses of base and best are drawn when these policies are in
 place and measured at the end, all on the same prompts.
+
+Invariant: when a run goes on, wherever it was killed, `best/`, its test responses and its record are of one
+policy. They are written out of sight, count from one renaming on, and are then moved to their places; a
+resumed run makes up for what is left of that.
 """
 
 import asyncio
@@ -26,6 +30,8 @@ from services.policy_side import PolicySide
 from services.report import write_samples
 
 Row = dict[str, Any]
+BEST = ("best", "samples/test-best.parquet", "samples/best.json")
+"""What is kept of the best policy in the run's folder: model, test responses, record."""
 
 
 class Evaluator:
@@ -72,11 +78,7 @@ class Evaluator:
         if step == 0:
             await self._keep_test("base", step)
         if selection_key(row) > self.best_key:
-            self.best_step, self.best_key = step, selection_key(row)
-            await self.export("best")
-            await self._keep_test("best", step)
-            best = {"step": step, "key": self.best_key, "nll": self.test_nll["best"]}
-            self._best_file().write_text(json.dumps(best))
+            await self._keep_best(step, selection_key(row))
         shown = texts.slice(0, self.config.evaluation.shown_samples)
         return row, shown.select(["prompt", "human", "model"]).to_pylist()
 
@@ -139,20 +141,47 @@ class Evaluator:
         self.curve = [(step, row) for step, row in state["curve"]]
         self.best_step, self.best_key = state["best_step"], state["best_key"]
         self.test_nll = state["test_nll"]
-        if self._best_file().exists():  # best/ may be younger than the checkpoint: it stays the best there is
-            best = json.loads(self._best_file().read_text())
+        self._settle_best()  # which may be younger than the checkpoint: it stays the best there is
+
+    async def _keep_best(self, step: int, key: float) -> None:
+        """Put the policy in place of the best one before."""
+        partial = self.config.folder / ".best.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model, test, record = (partial / name for name in BEST)
+        await self.system.export(model)
+        test.parent.mkdir(parents=True)
+        nll = self.test_nll["base"]
+        if step == 0:  # it is the base, whose answers are at hand
+            shutil.copyfile(self._test_file("base"), test)
+        else:
+            nll = await self._answer_test(step, test)
+        record.write_text(json.dumps({"step": step, "key": key, "nll": nll}))
+        partial.rename(self._new_best())
+        self._settle_best()
+
+    def _settle_best(self) -> None:
+        """Move a new best, where there is one, to its places, and read the record."""
+        for name in BEST:
+            new, place = self._new_best() / name, self.config.folder / name
+            if new.exists():
+                if place.is_dir():
+                    shutil.rmtree(place)
+                new.rename(place)
+        shutil.rmtree(self._new_best(), ignore_errors=True)
+        if (record := self.config.folder / BEST[-1]).exists():
+            best = json.loads(record.read_text())
             self.best_step, self.best_key, self.test_nll["best"] = best["step"], best["key"], best["nll"]
 
     async def _keep_test(self, name: str, step: int) -> None:
-        if name == "best" and step == 0:  # it is the base, whose answers are at hand
-            shutil.copyfile(self._test_file("base"), self._test_file("best"))
-            self.test_nll["best"] = self.test_nll["base"]
-            return
+        self._test_file(name).parent.mkdir(parents=True, exist_ok=True)
+        self.test_nll[name] = await self._answer_test(step, self._test_file(name))
+
+    async def _answer_test(self, step: int, file: Path) -> float:
+        """Write the policy's test responses to a file; returns the NLL of the human ones."""
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
         texts, _ = await self._draw(split, prompts, step)
-        self.test_nll[name] = await self.system.human_nll(split, prompts)
-        self._test_file(name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(texts, self._test_file(name))
+        pq.write_table(texts, file)
+        return await self.system.human_nll(split, prompts)
 
     async def _draw(self, split: pa.Table, prompts: int, step: int) -> tuple[pa.Table, pa.Table]:
         """Columns prompt_id, prompt, human, model, one row per human answer and sample; and the samples as
@@ -221,8 +250,8 @@ class Evaluator:
             )
         return self._embedder
 
-    def _best_file(self) -> Path:
-        return self.config.folder / "samples" / "best.json"
+    def _new_best(self) -> Path:
+        return self.config.folder / ".best"
 
     def _test_file(self, name: str) -> Path:
         return self.config.folder / "samples" / f"test-{name}.parquet"

@@ -20,11 +20,13 @@ from services.waiting import resolved
 
 
 class FleetError(RuntimeError):
-    """A rollout worker failed; the message names it, `workers` holds the indices to replace."""
+    """Rollout workers failed; the message names them, `actors` holds those that did, by index. Who asked
+    together learns of the same failure: by the time one of them acts, another worker may be in that place.
+    """
 
-    def __init__(self, message: str, workers: list[int]) -> None:
+    def __init__(self, message: str, actors: dict[int, Any]) -> None:
         super().__init__(message)
-        self.workers = workers
+        self.actors = actors
 
 
 class RolloutFleet:
@@ -94,17 +96,18 @@ class RolloutFleet:
         )
         return _in_order(tables)
 
-    async def sample(self, requests: pa.Table, sampling: dict[str, Any]) -> pa.Table:
-        """Like `generate`, with other sampling settings and whatever version the workers hold: for
-        evaluations.
-        """
+    async def sample(self, requests: pa.Table, sampling: dict[str, Any], min_version: int) -> pa.Table:
+        """Like `generate`, with other sampling settings: for evaluations."""
         shares = [
             requests.take(list(range(i, requests.num_rows, len(self.actors))))
             for i in range(len(self.actors))
         ]
         busy = [i for i, share in enumerate(shares) if share.num_rows]
         tables = await self._all(
-            "sample", busy, self.config.rollout.generate_timeout_s, [(shares[i], sampling) for i in busy]
+            "sample",
+            busy,
+            self.config.rollout.generate_timeout_s,
+            [(shares[i], sampling, min_version) for i in busy],
         )
         return _in_order(tables)
 
@@ -115,22 +118,22 @@ class RolloutFleet:
     async def _all(
         self, method: str, indices: Any, timeout_s: float, arguments: list[tuple[Any, ...]] | None = None
     ) -> list[Any]:
-        indices = list(indices)
-        given = arguments or [()] * len(indices)
+        asked = {i: self.actors[i] for i in indices}
+        given = arguments or [()] * len(asked)
         calls = [
-            asyncio.wait_for(resolved(getattr(self.actors[i], method).remote(*given[k])), timeout_s)
-            for k, i in enumerate(indices)
+            asyncio.wait_for(resolved(getattr(actor, method).remote(*given[k])), timeout_s)
+            for k, actor in enumerate(asked.values())
         ]
         answers = await asyncio.gather(*calls, return_exceptions=True)
-        failed = [i for i, answer in zip(indices, answers, strict=True) if isinstance(answer, BaseException)]
+        failed = {i: a for i, a in zip(asked, answers, strict=True) if isinstance(a, BaseException)}
         if failed:
             reasons = []
-            for i, answer in zip(indices, answers, strict=True):
+            for i, answer in failed.items():
                 if isinstance(answer, TimeoutError):
                     reasons.append(f"rollout worker {i} did not finish {method} within {timeout_s:.0f} s")
-                elif isinstance(answer, BaseException):
+                else:
                     reasons.append(f"rollout worker {i} failed in {method}: {answer}")
-            raise FleetError("; ".join(reasons), failed)
+            raise FleetError("; ".join(reasons), {i: asked[i] for i in failed})
         return answers
 
 

@@ -30,7 +30,7 @@ class PolicySide:
     fleet: RolloutFleet
     learner: TrainerGroup
     policy_version: int
-    """Version of the weights the learner holds."""
+    """Version of the last `sync`, which every worker has; the learner's weights may be newer."""
 
     def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
         self.config = config
@@ -122,7 +122,7 @@ class PolicySide:
         """
         async with self._mending:
             self.policy_version = version
-            return await self._sync()
+            return await self._sync(version)
 
     async def sample(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
         """Evaluation responses for up to `prompts` prompts of a split, as trajectories."""
@@ -135,7 +135,7 @@ class PolicySide:
             settings.seed,
         )
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-        return await self._asked(lambda: self.fleet.sample(requests, sampling))
+        return await self._asked(lambda: self.fleet.sample(requests, sampling, self.policy_version))
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
@@ -165,38 +165,42 @@ class PolicySide:
             worlds=[info["world_size"] for info in self.fleet.info],
         )
 
-    async def _sync(self) -> dict[str, float]:
+    async def _sync(self, version: int | None) -> dict[str, float]:
         timeout = 2 * self.config.rollout.sync_timeout_s
         while True:
-            answer = (await self.learner.call("sync", timeout_s=timeout, version=self.policy_version))[0]
+            answer = (await self.learner.call("sync", timeout_s=timeout, version=version))[0]
             if "error" not in answer:
                 del answer["replace"]
                 return answer
             self.sync_failures += 1
-            await self._replace(FleetError(answer["error"], answer["replace"]))
+            await self._replace(answer["replace"], answer["error"])
 
     async def _asked(self, ask: Callable[[], Awaitable[pa.Table]]) -> pa.Table:
         """The fleet's answer; while workers die over it they are replaced and all are asked again."""
         while True:
+            async with self._mending:
+                pass  # a worker in replacement has no engine yet, then the base's weights: it would fail
             try:
                 return await ask()
             except FleetError as error:
                 await self._mend(error)
 
     async def _mend(self, error: FleetError) -> None:
-        """Replace failed workers and bring them up to the current version."""
+        """Replace the failed workers that still hold their places, and bring the new ones up to date."""
         async with self._mending:
-            await self._replace(error)
-            await self._sync()
+            failed = [i for i, actor in error.actors.items() if self.fleet.actors[i] is actor]
+            if failed:
+                await self._replace(failed, str(error))
+                await self._sync(None)
 
-    async def _replace(self, error: FleetError) -> None:
+    async def _replace(self, workers: list[int], failure: str) -> None:
         self.replacements += 1
         if self.replacements > self.config.rollout.max_replacements:
             raise RuntimeError(
                 f"rollout workers were replaced {self.config.rollout.max_replacements} times "
-                f"(rollout.max_replacements); the last failure: {error}"
-            ) from error
-        await self.fleet.replace(error.workers)
+                f"(rollout.max_replacements); the last failure: {failure}"
+            )
+        await self.fleet.replace(workers)
         await self._connect()
 
 

@@ -1,9 +1,10 @@
 """The scoring service: a Ray Serve deployment that scores prompt groups with a named discriminator version.
 
 Invariant: a request names its `disc_version`, all responses of a group are in one request, and the replica
-either answers with exactly that version or fails; it fetches versions it lacks from the version store and
-keeps two. A request brings up to `scoring.max_batch_groups` groups, since each costs a round trip, and
-requests that arrive together are scored in one forward pass, up to the same number.
+either answers with exactly that version or fails, and then no request for another version with it; it fetches
+versions it lacks from the version store and keeps two. A request brings up to `scoring.max_batch_groups`
+groups, since each costs a round trip, and requests that arrive together are scored in one forward pass, up to
+the same number.
 
 Inside the cluster: `await handle.score.remote(version, [(prompt_text, responses), ...])`.
 Outside, when asked for: `POST /v1/score` with a bearer token.
@@ -30,6 +31,8 @@ Group = tuple[str, list[tuple[str, bool]]]
 """A prompt's text and its responses, each (text, complete)."""
 Request = tuple[int, list[Group]]
 """A version and the groups that it is to score."""
+Answer = list[list[dict[str, Any]]]
+"""Scores and spans of a request's responses, group by group."""
 
 HTTP = FastAPI(title="rlgaf discriminator", version="1")
 
@@ -115,21 +118,28 @@ class _Replica:
         self._score_batch.set_max_batch_size(config.scoring.max_batch_groups)  # type: ignore[attr-defined]
         self._score_batch.set_batch_wait_timeout_s(config.scoring.batch_wait_s)  # type: ignore[attr-defined]
 
-    async def score(self, version: int, groups: list[Group]) -> list[list[dict[str, Any]]]:
+    async def score(self, version: int, groups: list[Group]) -> Answer:
         """Per-token scores of groups, at most `scoring.max_batch_groups` of them, by exactly `version`."""
-        return await self._score_batch((version, groups))
+        answer: Answer | Exception = await self._score_batch((version, groups))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005, batch_size_fn=group_count)
-    async def _score_batch(self, requests: list[Request]) -> list[list[list[dict[str, Any]]]]:
-        answers: dict[int, list[list[dict[str, Any]]]] = {}
+    async def _score_batch(self, requests: list[Request]) -> list[Answer | Exception]:
+        answers: dict[int, Answer | Exception] = {}
         for version in sorted({request[0] for request in requests}):
             numbers = [i for i, request in enumerate(requests) if request[0] == version]
             groups = [group for i in numbers for group in requests[i][1]]
-            scored = iter(await asyncio.to_thread(self._score, version, groups))
-            answers |= {i: [next(scored) for _ in requests[i][1]] for i in numbers}
+            try:
+                scored = iter(await asyncio.to_thread(self._score, version, groups))
+            except Exception as error:  # Serve would raise it in all of the batch: the run's requests too
+                answers |= dict.fromkeys(numbers, error)
+            else:
+                answers |= {i: [next(scored) for _ in requests[i][1]] for i in numbers}
         return [answers[i] for i in range(len(requests))]
 
-    def _score(self, version: int, groups: list[Group]) -> list[list[dict[str, Any]]]:
+    def _score(self, version: int, groups: list[Group]) -> Answer:
         self.scorer.ensure(version, self.versions.fetch)
         scored = self.scorer.score(version, [prompt for prompt, _ in groups], [texts for _, texts in groups])
         return [[{"scores": item.scores, "spans": item.spans} for item in group] for group in scored]
@@ -156,6 +166,10 @@ class HttpScoringReplica(_Replica):
         """Score responses to one prompt."""
         if not hmac.compare_digest(authorization.encode(), f"Bearer {self.token}".encode()):
             raise HTTPException(status_code=401, detail="missing or wrong bearer token")
+        try:  # JSON can spell what no tokenizer takes, and it would fail with all that it is scored with
+            "".join([request.prompt, *request.responses]).encode()
+        except UnicodeEncodeError as error:
+            raise HTTPException(status_code=422, detail=f"not Unicode text: {error.reason}") from None
         version = request.disc_version
         if version is None:
             version = await self.versions.newest()

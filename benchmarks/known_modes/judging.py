@@ -25,13 +25,11 @@ class Judge(Evaluator):
     test_responses: pa.Table
     """Trajectories of the last test row."""
 
-    async def export(self, name: str) -> None:
-        """Nothing is written."""
+    async def _keep_best(self, step: int, key: float) -> None:
+        self.best_step, self.best_key, self.best_weights = step, key, self.system.weights()
 
     async def _keep_test(self, name: str, step: int) -> None:
-        self.test_nll[name] = float("nan")  # not measured before the end
-        if name == "best":
-            self.best_weights = self.system.weights()
+        """Nothing is measured on test prompts before the end."""
 
     async def test_row(self, step: int) -> Row:
         """The policy as it is, measured on test prompts; with `moved`, the nats per response that it is away

@@ -127,3 +127,19 @@ def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> No
             process.send_signal(signal.SIGINT)
             return
         time.sleep(0.05)
+
+
+def kill_a_rollout_worker(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """SIGKILL for one of them as soon as the first step is in the metrics."""
+    deadline = time.monotonic() + 1200
+    while process.poll() is None and time.monotonic() < deadline:
+        if steps_done(folder) > 0:
+            workers = [
+                child
+                for child in psutil.Process(process.pid).children(recursive=True)
+                if child.status() != psutil.STATUS_ZOMBIE and "RolloutWorker" in " ".join(child.cmdline())
+            ]
+            assert workers
+            workers[0].send_signal(signal.SIGKILL)
+            return
+        time.sleep(0.05)

@@ -1,7 +1,8 @@
 """Whole runs from the command line, every process real, on the tiny model.
 
 One unbroken exact run is the measure: an interrupted one whose folder is lost, resumed from its copy, must
-repeat it number for number. One run at lags of two shows the bounds and the accounts.
+repeat it number for number. One run at lags of two, whose rollout worker is killed, shows the bounds and the
+accounts.
 """
 
 import json
@@ -22,6 +23,7 @@ from launching import (
     Launch,
     environment,
     interrupt_after_a_step,
+    kill_a_rollout_worker,
 )
 from safetensors.torch import load_file
 
@@ -67,7 +69,7 @@ def resumed(
 
 @pytest.fixture(scope="module")
 def lagging(launch: Launch) -> Finished:
-    return launch("lagging", LAGS)
+    return launch("lagging", LAGS, meanwhile=kill_a_rollout_worker)
 
 
 def test_a_run_ends_well_and_leaves_no_process_behind(unbroken):
@@ -233,6 +235,10 @@ def test_lags_stay_in_bounds_and_accounts_balance(lagging):
     assert lagging.rows[0]["responses/in_flight"] > 0
     assert lagging.rows[-1]["responses/in_flight"] == 0
     assert lagging.summary["responses"]["trained"] == 6 * PROMPTS * SAMPLES
+
+
+def test_a_worker_killed_over_several_batches_is_replaced_once(lagging):
+    assert lagging.rows[-1]["rollout/replacements"] == 1
 
 
 def test_a_finished_run_is_neither_overwritten_nor_resumed(unbroken, launch):

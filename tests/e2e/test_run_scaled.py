@@ -2,14 +2,8 @@
 which one is killed, scoring replicas. The policy gradient is mixed with a Gumbel-Softmax update.
 """
 
-import signal
-import subprocess
-import time
-from pathlib import Path
-
-import psutil
 import pytest
-from launching import PROMPTS, SAMPLES, Finished, Launch, steps_done
+from launching import PROMPTS, SAMPLES, Finished, Launch, kill_a_rollout_worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -30,22 +24,6 @@ TWO_OF_EVERYTHING = {
     "discriminator.scoring.replicas": "2",
     "discriminator.scoring.cpus": "0.2",
 }
-
-
-def kill_a_rollout_worker(process: "subprocess.Popen[str]", folder: Path) -> None:
-    """SIGKILL for one of the two as soon as the first step is in the metrics."""
-    deadline = time.monotonic() + 1200
-    while process.poll() is None and time.monotonic() < deadline:
-        if steps_done(folder) > 0:
-            workers = [
-                child
-                for child in psutil.Process(process.pid).children(recursive=True)
-                if child.status() != psutil.STATUS_ZOMBIE and "RolloutWorker" in " ".join(child.cmdline())
-            ]
-            assert len(workers) == 2
-            workers[0].send_signal(signal.SIGKILL)
-            return
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from discriminator.exported import write_exported
 from discriminator.model import load_discriminator
 from discriminator.scorer import Scorer
 from discriminator.trainer import Published
-from discriminator.versions import VersionStore, state_checksum
+from discriminator.versions import UnknownVersion, VersionStore, state_checksum
 from services.config import ConfigError
 from services.scoring import deploy
 from services.serving import Arguments, app
@@ -103,6 +103,20 @@ def test_versions_in_one_batch_are_kept_apart(service: Any, tiny_model: Path) ->
         assert call.result(timeout_s=60)[0][0]["scores"][-1] == pytest.approx(expected[version], abs=1e-4)
 
 
+def test_a_request_for_a_version_that_is_gone_harms_no_other_in_its_batch(
+    service: Any, tiny_model: Path
+) -> None:
+    handle, _, config, states = service
+    expected = local_scores(config, tiny_model, states, 1)[0][-1]
+    calls = [(v, handle.score.remote(v, [("say cat: ", GROUP)])) for v in (1, 7) * 12]
+    for version, call in calls:
+        if version == 7:
+            with pytest.raises(UnknownVersion, match="version 7 is not held"):
+                call.result(timeout_s=60)
+        else:
+            assert call.result(timeout_s=60)[0][0]["scores"][-1] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_version_that_is_gone_is_refused_not_replaced(service: Any) -> None:
     handle, store, _, states = service
     with pytest.raises(Exception, match="version 7 is not held"):
@@ -124,6 +138,7 @@ def test_http_needs_the_token_and_gives_the_same_scores(service: Any, tiny_model
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-4)
     assert post({**body, "disc_version": 7}, TOKEN)[0] == 404
     assert post({"prompt": "x", "responses": []}, TOKEN)[0] == 422
+    assert post({"prompt": "x", "responses": ["half a character: \ud83d"]}, TOKEN)[0] == 422
 
 
 @pytest.fixture

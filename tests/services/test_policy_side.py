@@ -1,71 +1,206 @@
-"""What is counted when rollout workers fail: in a sync, while they generate, and once too often."""
+"""What happens and what is counted when rollout workers fail: in a sync, while they generate, and once too
+often. Policy side and fleet are the real ones; workers and learner are in memory.
+"""
 
 import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from services.config import load
-from services.fleet import FleetError
+from services.fleet import RolloutFleet
+from services.plan import resource_plan
 from services.policy_side import PolicySide
 
-WELL: dict[str, Any] = {"replace": [], "total_s": 0.1}
 BROKEN: dict[str, Any] = {"replace": [1], "error": "worker 1: wrong checksum of layer 3"}
+REQUESTS = pa.table({"group_id": ["a", "b", "c", "d"], "sample": [0] * 4, "seed": [1, 2, 3, 4]})
+
+
+class Worker:
+    """A rollout worker, called as its actor handle is. It comes up with version 0 and answers with the
+    version it has; once it is killed it fails, like an actor that is gone.
+    """
+
+    def __init__(self, starts: asyncio.Event) -> None:
+        self.starts = starts
+        self.up = self.dead = False
+        self.version = 0
+        self.start = SimpleNamespace(remote=self._start)
+        self.generate = SimpleNamespace(remote=self._generate)
+        self.sample = SimpleNamespace(
+            remote=lambda requests, sampling, min_version: self._generate(requests, min_version)
+        )
+
+    async def _start(self) -> dict[str, int]:
+        await self.starts.wait()
+        self.up = True
+        return {"world_size": 1}
+
+    async def _generate(self, requests: pa.Table, min_version: int) -> pa.Table:
+        if self.dead or not self.up or self.version < min_version:
+            raise ConnectionError(f"up {self.up}, dead {self.dead}, version {self.version}")
+        return requests.append_column("version", pa.array([self.version] * requests.num_rows))
+
+
+class Fleet(RolloutFleet):
+    """Two workers in memory. `created` counts all there ever were; new ones are up once `starts` is set."""
+
+    created = 0
+
+    def __init__(self, config: Any) -> None:
+        self.starts = asyncio.Event()
+        self.starts.set()
+        super().__init__(config, resource_plan(config, gpus=0))
+
+    def _create(self, index: int) -> Any:
+        self.created += 1
+        return Worker(self.starts)
 
 
 class Learner:
-    """Gives the listed answers to syncs, then good ones."""
+    """Executes one command at a time. The listed answers are those to the first syncs; the others bring the
+    workers to the version that is named, or else to the learner's own.
+    """
 
     def __init__(self, *answers: dict[str, Any]) -> None:
         self.answers = list(answers)
+        self.turn = asyncio.Lock()
+        self.workers: list[Worker] = []
+        self.version = 0
 
     async def call(self, what: str, **arguments: Any) -> list[dict[str, Any]]:
-        return [dict(self.answers.pop(0) if what == "sync" and self.answers else WELL)]
+        async with self.turn:
+            await asyncio.sleep(0)
+            if what == "connect":
+                self.workers = list(arguments["workers"])
+            if what == "sync" and self.answers:
+                return [dict(self.answers.pop(0))]
+            if what == "sync":
+                self.version = self.version if arguments["version"] is None else arguments["version"]
+                for worker in self.workers:
+                    worker.version = self.version
+            return [{"replace": [], "total_s": 0.1}]
 
 
-class Fleet:
-    """Two workers; remembers which were replaced."""
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`await start(answers to syncs …)`: a policy side whose two workers are up and at version 0."""
+    monkeypatch.setattr("services.fleet.ray.kill", lambda worker: setattr(worker, "dead", True))
 
-    actors: tuple[str, ...] = ("a", "b")
-    info: tuple[dict[str, int], ...] = ({"world_size": 1}, {"world_size": 1})
+    async def started(*answers: dict[str, Any]) -> Any:
+        words = ["--policy.model=m", "--data.demonstrations=d", "--rollout.workers=2"]
+        config = load(None, [*words, "--rollout.max_replacements=2"])
+        side: Any = PolicySide(config, None, None, None)  # type: ignore[arg-type]
+        side.learner, side.fleet = Learner(*answers), Fleet(config)
+        await side.fleet.start()
+        await side._connect()
+        return side
 
-    def __init__(self) -> None:
-        self.replaced: list[list[int]] = []
-
-    async def replace(self, indices: list[int]) -> None:
-        self.replaced.append(indices)
-
-
-def policy_side(*answers: dict[str, Any]) -> PolicySide:
-    config = load(None, ["--policy.model=m", "--data.demonstrations=d", "--rollout.max_replacements=2"])
-    side = PolicySide(config, None, None, None)  # type: ignore[arg-type]
-    side.learner, side.fleet = Learner(*answers), Fleet()  # type: ignore[assignment]
-    return side
+    return started
 
 
-def test_every_broken_broadcast_is_a_sync_failure():
-    side = policy_side(BROKEN, BROKEN)
-    assert asyncio.run(side.sync(3)) == {"total_s": 0.1}
-    assert (side.sync_failures, side.replacements) == (2, 2)
-    assert side.fleet.replaced == [[1], [1]]
+async def settled() -> None:
+    """Everything has run that does not wait for an event of the test."""
+    for _ in range(100):
+        await asyncio.sleep(0)
 
 
-def test_a_worker_that_dies_while_it_generates_is_none():
-    side = policy_side()
-    failures = [FleetError("rollout worker 0 failed in generate", [0])]
-
-    async def ask() -> str:
-        if failures:
-            raise failures.pop()
-        return "table"
-
-    assert asyncio.run(side._asked(ask)) == "table"
-    assert (side.sync_failures, side.replacements) == (0, 1)
-    assert side.fleet.replaced == [[0]]
+def versions(answers: pa.Table) -> list[int]:
+    assert answers["group_id"].to_pylist() == REQUESTS["group_id"].to_pylist()
+    return answers["version"].to_pylist()
 
 
-def test_too_many_replacements_end_the_run_with_the_last_reason():
-    side = policy_side(BROKEN, BROKEN, BROKEN)
-    with pytest.raises(RuntimeError, match=r"replaced 2 times.*wrong checksum of layer 3"):
-        asyncio.run(side.sync(3))
-    assert side.sync_failures == 3
+def test_every_broken_broadcast_is_a_sync_failure(start):
+    async def scenario() -> None:
+        side = await start(BROKEN, BROKEN)
+        first = side.fleet.actors[0]
+        assert await side.sync(3) == {"total_s": 0.1}
+        assert (side.sync_failures, side.replacements) == (2, 2)
+        assert side.fleet.created == 4
+        assert side.fleet.actors[0] is first
+        assert [worker.version for worker in side.fleet.actors] == [3, 3]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_while_it_generates_is_none(start):
+    async def scenario() -> None:
+        side = await start()
+        await side.sync(3)
+        side.fleet.actors[0].dead = True
+        assert versions(await side.generate(REQUESTS, min_version=3)) == [3] * 4
+        assert (side.sync_failures, side.replacements, side.fleet.created) == (0, 1, 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_is_replaced_once_however_many_batches_it_held(start):
+    async def scenario() -> None:
+        side = await start()
+        await side.sync(3)
+        side.fleet.actors[1].dead = True
+        answers = await asyncio.gather(*(side.generate(REQUESTS, min_version=v) for v in (1, 2, 3)))
+        assert [versions(answer) for answer in answers] == [[3] * 4] * 3
+        assert (side.replacements, side.fleet.created) == (1, 3)
+
+    asyncio.run(scenario())
+
+
+def test_who_asks_while_a_worker_is_replaced_waits_for_it(start):
+    """Neither fails at a worker that is not up, nor reads one that still has the base's weights."""
+
+    async def scenario() -> None:
+        side = await start()
+        await side.sync(3)
+        side.fleet.actors[1].dead = True
+        side.fleet.starts.clear()
+        first = asyncio.create_task(side.generate(REQUESTS, min_version=2))
+        await settled()
+        second = asyncio.create_task(side.generate(REQUESTS, min_version=2))
+        await settled()
+        side.fleet.starts.set()
+        assert versions(await first) == versions(await second) == [3] * 4
+        assert (side.replacements, side.fleet.created) == (1, 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_replaced_during_an_update_gets_the_version_of_its_weights(start):
+    async def scenario() -> None:
+        side = await start()
+        await side.sync(3)
+        side.fleet.actors[1].dead = True
+        async with side.learner.turn:  # the learner is busy with the update of step 3
+            asked = asyncio.create_task(side.generate(REQUESTS, min_version=3))
+            await settled()
+            side.learner.version = 4
+        assert versions(await asked) == [4] * 4
+
+    asyncio.run(scenario())
+
+
+def test_an_evaluation_reads_no_worker_that_missed_a_sync(start, monkeypatch):
+    monkeypatch.setattr("services.policy_side.first_prompts", lambda split, prompts: split)
+    monkeypatch.setattr("services.policy_side.evaluation_requests", lambda split, *_: split)
+
+    async def scenario() -> None:
+        side = await start()
+        side.renderer = SimpleNamespace(encode=None)
+        await side.sync(3)
+        side.fleet.actors[1].version = 2
+        assert versions(await side.sample(REQUESTS, 4, step=3)) == [3] * 4
+
+    asyncio.run(scenario())
+
+
+def test_too_many_replacements_end_the_run_with_the_last_reason(start):
+    async def scenario() -> None:
+        side = await start(BROKEN, BROKEN, BROKEN)
+        with pytest.raises(RuntimeError, match=r"replaced 2 times.*wrong checksum of layer 3"):
+            await side.sync(3)
+        assert side.sync_failures == 3
+
+    asyncio.run(scenario())
