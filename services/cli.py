@@ -124,7 +124,9 @@ def up(
     ] = "127.0.0.1",
     token: Annotated[bool, typer.Option(help="Require Ray's token; one is made where there is none")] = False,
     cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs to offer (all)")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs to offer (all)")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to offer (all; none with a CPU build of torch)")
+    ] = None,
     object_store_mib: Annotated[int | None, typer.Option(min=100, help="Shared memory for objects")] = None,
     stop_wait: Annotated[int, typer.Option(min=1, help="Seconds that a stopped job has to end")] = 900,
 ) -> None:
