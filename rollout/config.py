@@ -19,8 +19,8 @@ class DataConfig(Section):
     """Where demonstrations and prompts come from and how they are split."""
 
     demonstrations: str = ""
-    """JSONL or Parquet file, or a Hugging Face dataset folder, with one demonstration (prompt, response) a
-    row.
+    """JSONL or Parquet file, or a Hugging Face dataset folder (of several splits "train" is read), with one
+    demonstration (prompt, response) a row.
     """
 
     prompts: str = ""
