@@ -181,7 +181,8 @@ class RolloutConfig(Section):
     """Deadline for a worker to come up."""
 
     generate_timeout_s: PositiveFloat = 600.0
-    """Deadline for one batch of prompts."""
+    """Deadline for one batch of responses: a step's, or as many as the workers decode together if that is
+    more."""
 
     sync_timeout_s: PositiveFloat = 120.0
     """Deadline for one weight sync."""
