@@ -3,7 +3,8 @@
 # make test        setup, then every test but the slow and GPU ones
 SHELL := /bin/bash
 PYTHON ?= python3
-DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
+# A run of the defaults has four processes that take a GPU each.
+DEVICE ?= $(shell test "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" -ge 4 && echo gpu || echo cpu)
 LIST := requirements/$(DEVICE).txt
 # Asked only when pip's own configuration does not already find the CPU build of torch.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu

@@ -276,8 +276,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def load_deepspeed(device: torch.device) -> Any:
     """The module, its process group formed; the one way to get it, here and in tests. Nothing is compiled."""
     if device.type == "cpu":
-        # Read once, when DeepSpeed is first imported.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Read once, when DeepSpeed is first imported. The driver's environment says "cuda" if it has GPUs.
+        os.environ["DS_ACCELERATOR"] = "cpu"
     began = time.monotonic()
     import deepspeed
     import deepspeed.ops

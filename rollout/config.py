@@ -19,8 +19,8 @@ class DataConfig(Section):
     """Where demonstrations and prompts come from and how they are split."""
 
     demonstrations: str = ""
-    """JSONL or Parquet file, or a Hugging Face dataset folder, with one demonstration (prompt, response) a
-    row.
+    """JSONL or Parquet file, or a Hugging Face dataset folder (of several splits "train" is read), with one
+    demonstration (prompt, response) a row.
     """
 
     prompts: str = ""
@@ -181,7 +181,8 @@ class RolloutConfig(Section):
     """Deadline for a worker to come up."""
 
     generate_timeout_s: PositiveFloat = 600.0
-    """Deadline for one batch of prompts."""
+    """Deadline for one batch of responses: a step's, or as many as the workers decode together if that is
+    more."""
 
     sync_timeout_s: PositiveFloat = 120.0
     """Deadline for one weight sync."""

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 BATCH_ROWS = 8192
 _EXAMPLES = 5
+_SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test|eval)(?:_\w+)?)(?:[-.]|$)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -109,7 +110,7 @@ def read_batches(
 
 def data_files(path: Path, report: ReadReport) -> list[Path]:
     """The data files behind a path: itself, or those of a saved Hugging Face dataset or folder of files, in
-    order.
+    order. Of several splits "train" is read.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -135,6 +136,7 @@ def data_files(path: Path, report: ReadReport) -> list[Path]:
         files = sorted(
             p for p in path.rglob("*") if p.suffix in (".jsonl", ".parquet", ".arrow") and p.is_file()
         )
+        files = _one_split(path, files, report)
         suffixes = {p.suffix for p in files}
         if len(suffixes) > 1:
             raise DataError(f"{path}: holds {', '.join(sorted(suffixes))} files; name the file to read")
@@ -144,6 +146,27 @@ def data_files(path: Path, report: ReadReport) -> list[Path]:
         if not file.is_file() or file.stat().st_size == 0:
             raise DataError(f"{file}: file is missing or empty")
     return files
+
+
+def _one_split(path: Path, files: list[Path], report: ReadReport) -> list[Path]:
+    """Of files that are named after several splits, as on the hub, those of "train"; others as they are."""
+    splits = {file: _split_of_file(file.relative_to(path)) for file in files}
+    names = sorted(set(splits.values()) - {""})
+    if len(names) < 2:
+        return files
+    if "train" not in names:
+        example = next(file for file in files if splits[file] == names[0])
+        raise DataError(f"{path}: has the splits {', '.join(names)}; name a file of one, e.g. {example}")
+    report.notes.append(f'split "train" of {", ".join(names)}')
+    return [file for file in files if splits[file] == "train"]
+
+
+def _split_of_file(file: Path) -> str:
+    """The split in `test-00000-of-00001.parquet` or `test/0000.parquet`; empty where none is named."""
+    for part in reversed(file.parts):
+        if name := _SPLIT_NAME.match(part):
+            return name[1]
+    return ""
 
 
 def check_row(

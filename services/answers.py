@@ -1,10 +1,12 @@
-"""The human answers an evaluation looks at, and their token rows for the likelihood under the policy. Read
-only, but for the baseline `sft`, which trains on those of the training split.
+"""The human answers an evaluation looks at, the policy's beside them, and the human ones' tokens for their
+likelihood. Read only, but for the baseline `sft`, which trains on those of the training split.
 """
 
 import pyarrow as pa
 
 from rollout.templates import Renderer
+
+TEXTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "human", "model")])
 
 
 def human_answers(split: pa.Table, renderer: Renderer, max_tokens: int) -> pa.Table:
@@ -33,3 +35,20 @@ def first_prompts(split: pa.Table, prompts: int) -> pa.Table:
             wanted[identifier] = None
             keep.append(row)
     return ordered.take(keep)
+
+
+def side_by_side(human: pa.Table, responses: pa.Table, renderer: Renderer) -> pa.Table:
+    """TEXTS: one row for every human answer and every sample of its prompt among the trajectories."""
+    answers: dict[str, list[str]] = {}
+    for identifier, text in zip(
+        responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True
+    ):
+        answers.setdefault(identifier, []).append(text)
+    rows = [
+        {"prompt_id": identifier, "prompt": renderer.shown(prompt), "human": person, "model": text}
+        for identifier, prompt, person in zip(
+            *(human[name].to_pylist() for name in ("prompt_id", "prompt", "response")), strict=True
+        )
+        for text in answers[identifier]
+    ]
+    return pa.Table.from_pylist(rows, schema=TEXTS)

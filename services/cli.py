@@ -124,7 +124,9 @@ def up(
     ] = "127.0.0.1",
     token: Annotated[bool, typer.Option(help="Require Ray's token; one is made where there is none")] = False,
     cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs to offer (all)")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs to offer (all)")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to offer (all; none with a CPU build of torch)")
+    ] = None,
     object_store_mib: Annotated[int | None, typer.Option(min=100, help="Shared memory for objects")] = None,
     stop_wait: Annotated[int, typer.Option(min=1, help="Seconds that a stopped job has to end")] = 900,
 ) -> None:
@@ -196,17 +198,29 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub name or folder of a causal language model")],
     demonstrations: Annotated[Path, typer.Argument(help="Demonstrations to compare it with")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON")] = None,
+    test_split: Annotated[
+        bool,
+        typer.Option("--test-split", help="Read only the prompts that a run on this file keeps for its end"),
+    ] = False,
     base: Annotated[
         Path | None,
         typer.Option("--config", help="TOML file for the other settings (a run's model: its own)"),
     ] = None,
 ) -> None:
-    """Compare a model's answers with human ones: C2ST, NLL, ROUGE-L, chrF, diversity, length, copy rate."""
+    """Compare a model's answers with human ones: C2ST, NLL, ROUGE-L, chrF, diversity, length, copy rate.
+
+    Reads up to evaluation.test_prompts (500) prompts of the whole file.
+    """
+    own = _config_of_run(model)
     given = [f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
-    settings = load(base or _config_of_run(model), [*context.args, *given])
+    settings = load(base or own, [*context.args, *given])
+    if own and not test_split and Path(load(own).data.demonstrations).resolve() == demonstrations.resolve():
+        typer.echo(
+            "note: the model's run learned from this file; --test-split leaves those prompts out", err=True
+        )
     from services.standalone import evaluate_model
 
-    evaluate_model(settings, json_out)
+    evaluate_model(settings, json_out, test_split)
 
 
 @app.command(context_settings=OVERRIDES)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rollout.engine import check_vllm_version
-from services.plan import local_gpus
+from services.plan import cpu_torch, machine_gpus
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "peft", "pydantic")
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -39,15 +39,16 @@ def findings() -> Iterator[Finding]:
         yield Finding("vllm", check_vllm_version())
     except RuntimeError as error:
         yield Finding("vllm", "unusable", str(error))
-    cpu_torch = "+cpu" in (_version("torch") or "")
-    gpus = local_gpus()
+    gpus = machine_gpus()
     yield Finding("GPUs", str(gpus))
-    if gpus and cpu_torch:
+    if gpus and cpu_torch():
         yield Finding(
-            "torch build", "CPU, but this machine has GPUs", "run make clean and make setup DEVICE=gpu"
+            "torch build",
+            "CPU: runs leave this machine's GPUs alone",
+            "run make clean and make setup DEVICE=gpu to use them",
         )
     for name in CUDA_ONLY:
-        if cpu_torch and (version := _version(name)):
+        if cpu_torch() and (version := _version(name)):
             remedy = f"pip uninstall -y {name}: it is a CUDA build and breaks transformers beside a CPU torch"
             yield Finding(name, version, remedy)
     compiler = shutil.which("g++")

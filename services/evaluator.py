@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from services.answers import first_prompts, human_answers
+from services.answers import first_prompts, human_answers, side_by_side
 from services.config import Config
 from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
@@ -184,28 +184,10 @@ class Evaluator:
         return await self.system.human_nll(split, prompts)
 
     async def _draw(self, split: pa.Table, prompts: int, step: int) -> tuple[pa.Table, pa.Table]:
-        """Columns prompt_id, prompt, human, model, one row per human answer and sample; and the samples as
-        trajectories."""
+        """TEXTS, one row per human answer and sample; and the samples as trajectories."""
         responses = await self.system.sample(split, prompts, step)
         human = first_prompts(split, prompts)
-        answers: dict[str, list[str]] = {}
-        for identifier, text in zip(
-            responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True
-        ):
-            answers.setdefault(identifier, []).append(text)
-        rows = [
-            {
-                "prompt_id": identifier,
-                "prompt": self.system.renderer.shown(prompt),
-                "human": person,
-                "model": text,
-            }
-            for identifier, prompt, person in zip(
-                *(human[name].to_pylist() for name in ("prompt_id", "prompt", "response")), strict=True
-            )
-            for text in answers[identifier]
-        ]
-        return pa.Table.from_pylist(rows, schema=TEXTS), responses
+        return side_by_side(human, responses, self.system.renderer), responses
 
     async def _measure(self, texts: pa.Table, nll: float) -> Row:
         return await asyncio.to_thread(
@@ -258,6 +240,3 @@ class Evaluator:
 
     def _step_of(self, name: str, last: int) -> int:
         return {"base": 0, "best": self.best_step, "last": last}[name]
-
-
-TEXTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "human", "model")])

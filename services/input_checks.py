@@ -28,15 +28,23 @@ def check_other_models(config: Config) -> None:
     Raises:
         DataError: names the field.
     """
-    for field, name in (
-        ("discriminator.model", config.discriminator.model if config.run.method != "sft" else ""),
-        ("evaluation.embedding_model", config.evaluation.embedding_model),
-    ):
-        if name and name != "none":
-            try:
-                load_tokenizer(config.policy.model_copy(update={"model": name}))
-            except DataError as error:
-                raise DataError(str(error).replace("policy.model", field)) from None
+    if config.run.method != "sft":
+        _check_model(config, "discriminator.model", config.discriminator.model)
+    check_embedding_model(config)
+
+
+def check_embedding_model(config: Config) -> None:
+    """The same of the model behind the embedding classifier."""
+    if config.evaluation.embedding_model != "none":
+        _check_model(config, "evaluation.embedding_model", config.evaluation.embedding_model)
+
+
+def _check_model(config: Config, field: str, name: str) -> None:
+    if name:
+        try:
+            load_tokenizer(config.policy.model_copy(update={"model": name}))
+        except DataError as error:
+            raise DataError(str(error).replace("policy.model", field)) from None
 
 
 def check_data(config: Config, splits: DataSplits) -> None:

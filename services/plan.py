@@ -3,6 +3,7 @@
 Pure arithmetic on the configuration; nothing here starts or imports a heavy library.
 """
 
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from services.config import Config, ConfigError
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
+JUDGES = ("discriminator", "scoring")
+"""Roles that compute where `discriminator.device` says."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,29 @@ class ResourcePlan:
         Raises:
             ConfigError: names what is missing, by how much, and the fields that ask for most.
         """
-        for kind, have, need in (("CPU", cpus, self.cpus), ("GPU", gpus, float(self.gpus))):
-            if need > have:
-                asks = [
-                    f"{role.field} ({role.count} x {role.cpus if kind == 'CPU' else role.gpus:g})"
-                    for role in self.roles
-                    if (role.cpus if kind == "CPU" else role.gpus)
-                ]
-                raise ConfigError(
-                    f"the plan needs {need:g} {kind}s and {where} has {have:g}; "
-                    f"lower one of {', '.join(asks)}, or use a larger machine"
-                )
+        if self.cpus > cpus:
+            asks = ", ".join(f"{role.field} ({role.count} x {role.cpus:g})" for role in self.roles)
+            raise ConfigError(
+                f"the plan needs {self.cpus:g} CPUs and {where} has {cpus:g}; "
+                f"lower one of {asks}, or use a larger machine"
+            )
+        if self.gpus > gpus:
+            raise ConfigError(f"the plan needs {self.gpus} GPUs and {where} has {gpus:g}; {self._gpu_ways()}")
+
+    def _gpu_ways(self) -> str:
+        """What to do where there are too few GPUs."""
+        if cpu_torch():
+            return "this torch is a CPU build and uses none: make clean, then make setup DEVICE=gpu"
+        asking = [role for role in self.roles if role.gpus]
+        asks = ", ".join(f"{role.field} ({role.count} x {role.gpus})" for role in asking)
+        judging = sum(role.count * role.gpus for role in asking if role.name in JUDGES)
+        ways = [
+            f"each process takes its own: {asks}; lower what is above 1 x 1",
+            *([f'set discriminator.device = "cpu" (needs {judging} fewer)'] if judging else []),
+            "use a larger machine",
+            "or train on the CPU (make clean, then make setup DEVICE=cpu)",
+        ]
+        return ", ".join(ways)
 
 
 def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> ResourcePlan:
@@ -108,7 +123,7 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
     def role(
         name: str, what: str, count: int, cpus: float, threads: int | None, field: str, gpus: int = 1
     ) -> Role:
-        device = devices["discriminator" if name == "scoring" else name]
+        device = devices["discriminator" if name in JUDGES else name]
         settled = threads or max(1, cores // count)
         return Role(name, what, count, cpus, gpus if device == "cuda" else 0, settled, field)
 
@@ -169,7 +184,20 @@ def _cpu_computes_bfloat16() -> bool:
     return "avx512f" in flags or "bf16" in flags
 
 
+def cpu_torch() -> bool:
+    """Whether the installed torch is a CPU build, by its version: importing it takes seconds."""
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def local_gpus() -> int:
+    """GPUs of this machine that a run can use: none with a CPU build of torch."""
+    return 0 if cpu_torch() else machine_gpus()
+
+
+def machine_gpus() -> int:
     """NVIDIA GPUs of this machine, counted from their device files (respects CUDA_VISIBLE_DEVICES)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -7,10 +7,12 @@ dies ends the run with its own error; the run resumes from its last checkpoint.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from learner.rank import LearnerRank
@@ -106,6 +108,9 @@ class PolicySide:
     async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
         """Trajectories for the requests; a worker that dies is replaced and the batch asked for again.
 
+        A batch, for which `rollout.generate_timeout_s` holds, is a step's responses, or as many as the
+        workers decode together if that is more: there can be far more base samples than a step has.
+
         Seeds are kept in exact mode only: with them vLLM draws every sequence's token by itself, which is
         slower.
         """
@@ -114,7 +119,15 @@ class PolicySide:
             requests = requests.set_column(
                 requests.column_names.index("seed"), requests.schema.field("seed"), unseeded
             )
-        return await self._asked(lambda: self.fleet.generate(requests, min_version))
+        config = self.config
+        most = max(
+            config.run.prompts_per_step * config.sampling.group_size,
+            config.rollout.workers * config.rollout.max_num_seqs,
+        )
+        rows = max(1, most // (pc.max(requests["n"]).as_py() or 1))
+        batches = [requests.slice(row, rows) for row in range(0, requests.num_rows, rows)]
+        tables = [await self._asked(partial(self.fleet.generate, batch, min_version)) for batch in batches]
+        return pa.concat_tables(tables).combine_chunks()
 
     async def sync(self, version: int) -> dict[str, float]:
         """Broadcast the policy as `version` to every rollout worker; returns timings of sender and slowest

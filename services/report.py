@@ -76,9 +76,9 @@ def verdict(evaluation: Evaluation) -> str:
     return f"No clear change: {change}; the intervals overlap."
 
 
-def closing_table(evaluation: Evaluation) -> Table:
+def closing_table(evaluation: Evaluation, title: str = "Test prompts") -> Table:
     """The closing table for a terminal."""
-    table = Table(title="Test prompts", caption=LEGEND, caption_justify="left")
+    table = Table(title=Text(title, style="table.title"), caption=LEGEND, caption_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)

@@ -24,7 +24,7 @@ from services.plan import ResourcePlan, local_gpus, resource_plan
 from services.ray_cluster import ray_cluster
 from services.ray_metrics import RunMetrics
 from services.report import make_console
-from services.run_folder import prepare_folder
+from services.run_folder import BEGIN_ANEW, check_cursor, prepare_folder
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
@@ -68,8 +68,10 @@ def run(config: Config, *, resume: bool) -> int:
     renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
     check_data(config, splits)
+    if resume:
+        check_cursor(config, splits, renderer, checkpoints)
     for report in splits.reports:
-        console.print(f"data: {report.source}: {report.kept} rows" + _skipped(report.skipped), markup=False)
+        console.print(f"data: {report.summary()}", markup=False)
     console.print(
         f"splits: {splits.train.num_rows} train, {splits.heldout.num_rows} held out for the discriminator, "
         f"{splits.selection.num_rows} selection, {splits.test.num_rows} test"
@@ -92,10 +94,6 @@ def run(config: Config, *, resume: bool) -> int:
         if tracker is not None:
             tracker.finish(code)
         return code
-
-
-def _skipped(reasons: dict[str, int]) -> str:
-    return "".join(f", {count} skipped ({reason})" for reason, count in reasons.items())
 
 
 class _Run:
@@ -180,7 +178,7 @@ class _Run:
             self.console.print(
                 f"the run failed; --resume goes on from step {steps[-1]}"
                 if steps
-                else "the run failed before a checkpoint"
+                else f"the run failed before a checkpoint; {BEGIN_ANEW}"
             )
             await self.system.abort()
             return FAILED

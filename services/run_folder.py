@@ -1,9 +1,15 @@
 """What may be done with a run's folder before anything is written to it."""
 
+import json
+
+from rollout.data import DataSplits
+from rollout.prompts import PromptSource
+from rollout.templates import Renderer
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError
 
 LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard"}
+BEGIN_ANEW = "start it with --auto-resume, which renames what an earlier attempt left and begins anew"
 
 
 def prepare_folder(config: Config, resume: bool) -> Checkpoints:
@@ -16,7 +22,7 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoints:
     checkpoints = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints)
     newest = checkpoints.newest()
     if resume and newest is None:
-        raise ConfigError(f"--resume: {config.folder} has no finished checkpoint; start it without --resume")
+        raise ConfigError(f"--resume: {config.folder} has no finished checkpoint; {BEGIN_ANEW}")
     if resume and checkpoints.steps()[-1] >= config.run.steps:
         raise ConfigError(
             f"--resume: {config.folder} has done {checkpoints.steps()[-1]} of {config.run.steps} steps; "
@@ -35,8 +41,22 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoints:
             )
     held = {path.name for path in config.folder.iterdir()} if config.folder.exists() else set()
     if not resume and held - LEFT_BY_A_FAILED_START:
+        go_on = "use --resume to go on with it" if newest else f"it has no finished checkpoint; {BEGIN_ANEW}"
         raise ConfigError(
-            f"{config.folder} exists already; nothing was overwritten. "
-            "Use --resume to go on with it, or another run.name"
+            f"{config.folder} exists already and nothing was overwritten; {go_on}, or choose another run.name"
         )
     return checkpoints
+
+
+def check_cursor(config: Config, splits: DataSplits, renderer: Renderer, checkpoints: Checkpoints) -> None:
+    """Seed and training prompts are those the newest checkpoint was made with; `sft` keeps no cursor.
+
+    Raises:
+        DataError: names which of them is another.
+    """
+    newest = checkpoints.newest()
+    assert newest is not None, "prepare_folder has verified it"
+    loop = json.loads((newest / "state.json").read_text()).get("controller", {})
+    if cursor := loop.get("prompts"):
+        prompts, run = splits.rollout_prompts(), config.run
+        PromptSource(prompts, renderer.encode, config.sampling.group_size, run.seed).load_state(cursor)

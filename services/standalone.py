@@ -9,55 +9,89 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rollout.data import load_data, prompt_id, read_prompts
+from rollout.data import DataError, load_data, prompt_id, read_demonstrations, read_prompts
 from rollout.engine import check_vllm_version
 from rollout.prompts import evaluation_requests
 from rollout.templates import Renderer, check_model, load_tokenizer
 from rollout.worker import RolloutWorker
-from services.answers import first_prompts, human_answers
+from services.answers import TEXTS, first_prompts, human_answers, side_by_side
 from services.config import Config, ConfigError
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
+from services.input_checks import check_embedding_model
 from services.plan import local_gpus, resource_plan
 
+LEAST_PROMPTS = 8
+"""What the human floor needs: two halves of four."""
 
-def evaluate_model(config: Config, json_out: Path | None) -> None:
-    """Measure `policy.model` against the test split of `data.demonstrations`; print the table, write JSON."""
+
+def evaluate_model(config: Config, json_out: Path | None, test_split: bool) -> None:
+    """Measure `policy.model` against `data.demonstrations`, or against its test split alone; print the table,
+    write JSON.
+    """
+    from learner.pretrained import mean_nll
     from services.evaluation.embed import make_embedder
     from services.evaluation.evaluate import evaluate_texts, human_row
     from services.report import closing_table, make_console
 
     if json_out is not None and json_out.exists():
         raise ConfigError(f"{json_out} exists already; nothing was overwritten")
-    measures = load_extra_measures(config.evaluation.extra_measures)
+    if json_out is not None and not json_out.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_out}: there is no folder {json_out.absolute().parent}")
+    settings, limit = config.evaluation, config.sampling.max_tokens
+    measures = load_extra_measures(settings.extra_measures)
     config = resource_plan(config, gpus=local_gpus()).settle(config)
     renderer = _renderer(config)
-    splits = load_data(config.data, renderer)
-    settings = config.evaluation
-    human = first_prompts(splits.test, settings.test_prompts)
-    requests = evaluation_requests(human, renderer.encode, 1, 0, settings.seed)
+    check_embedding_model(config)
+    human, train = _demonstrations(config, renderer, test_split)
+    requests = evaluation_requests(human, renderer.encode, settings.samples_per_prompt, 0, settings.seed)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     responses = asyncio.run(_sample(config, requests, sampling))
-    answers = dict(
-        zip(responses["prompt_id"].to_pylist(), responses["response_text"].to_pylist(), strict=True)
+    texts = side_by_side(human, responses, renderer)
+    identifiers, prompts, person, model = (texts[name].to_pylist() for name in TEXTS.names)
+    tokens = human_answers(human, renderer, limit)
+    nll = mean_nll(config.policy, config.learner, tokens, temperature=config.sampling.temperature)
+    embed = make_embedder(
+        settings.embedding_model,
+        config.policy.model,
+        threads=settings.embedding_threads,
+        max_tokens=settings.embedding_max_tokens,
+        trust_remote_code=config.policy.trust_remote_code,
     )
-    identifiers, texts = human["prompt_id"].to_pylist(), human["response"].to_pylist()
-    nll = _human_nll(config, renderer, human)
-    embed = make_embedder(settings.embedding_model, config.policy.model, threads=settings.embedding_threads)
-    train = splits.train["response"].to_pylist()
-    row = evaluate_texts(identifiers, [answers[i] for i in identifiers], texts, train, nll, settings, embed)
-    floor = human_row(identifiers, texts, train, nll, settings, embed)
+    row = evaluate_texts(identifiers, model, person, train, nll, settings, embed)
+    floor = human_row(identifiers, person, train, nll, settings, embed)
+    if not train:
+        unknown = {"copy_rate": None, "copy_ngram_rate": None}
+        row, floor = row | unknown, floor | unknown
     if measures is not None:
-        prompts = [renderer.shown(prompt) for prompt in human["prompt"].to_pylist()]
-        tokens = human_answers(human, renderer, config.sampling.max_tokens)["response_ids"]
-        length = pc.mean(pc.list_value_length(tokens)).as_py()
-        model = [answers[i] for i in identifiers]
-        row = with_extra_measures(row, measures, Answers(prompts, texts, model, train, nll, length))
-        floor = with_extra_measures(floor, measures, Answers(prompts, texts, texts, train, nll, length))
-    make_console().print(closing_table({"last": row, "human": floor}))
+        length = pc.mean(pc.list_value_length(tokens["response_ids"])).as_py()
+        row = with_extra_measures(row, measures, Answers(prompts, person, model, train, nll, length))
+        floor = with_extra_measures(floor, measures, Answers(prompts, person, person, train, nll, length))
+    what = f"{row['prompts']} {'test ' if test_split else ''}prompts of {config.data.demonstrations}"
+    make_console().print(closing_table({"last": row, "human": floor}, what))
     if json_out is not None:
-        json_out.write_text(
-            json.dumps({"model": config.policy.model, "evaluation": row, "human": floor}, indent=2)
-        )
+        found = {"model": config.policy.model, "demonstrations": what, "evaluation": row, "human": floor}
+        json_out.write_text(json.dumps(found, indent=2))
+
+
+def _demonstrations(config: Config, renderer: Renderer, test_split: bool) -> tuple[pa.Table, list[str]]:
+    """The demonstrations to compare with, up to `evaluation.test_prompts` prompts of the whole file or of its
+    test split, and the answers that copying is measured against: the training split's, beside a test split.
+
+    Raises:
+        DataError: the file cannot be read, or there are too few prompts for a classifier.
+    """
+    data, train = config.data.model_copy(update={"prompts": "", "preferences": ""}), pa.table({})
+    if test_split:
+        splits = load_data(data, renderer)
+        human, train = splits.test, splits.train
+    else:
+        human, _ = read_demonstrations(data.demonstrations, data, renderer)
+    human = first_prompts(human, config.evaluation.test_prompts)
+    prompts = pc.count_distinct(human["prompt_id"]).as_py()
+    if prompts < LEAST_PROMPTS:
+        where = f"the test split of {data.demonstrations}" if test_split else data.demonstrations
+        raise DataError(f"{where} has {prompts} prompts; an evaluation needs at least {LEAST_PROMPTS}")
+    return human, train["response"].to_pylist() if test_split else []
 
 
 def generate_answers(config: Config, prompts: list[str], file: Path | None) -> None:
@@ -66,6 +100,9 @@ def generate_answers(config: Config, prompts: list[str], file: Path | None) -> N
     renderer = _renderer(config)
     chat = config.data.prompt_format == "chat"
     texts = [renderer.render(json.dumps(prompt) if chat else prompt) for prompt in prompts]
+    for number, complaint in enumerate(renderer.check_lengths(texts), 1):
+        if complaint is not None:
+            raise DataError(f"--prompt number {number}: {complaint}")
     table = pa.table({"prompt_id": [prompt_id(text) for text in texts], "prompt_text": texts})
     if file is not None:
         read, _ = read_prompts(file, config.data, renderer)
@@ -109,13 +146,3 @@ async def _sample(config: Config, requests: pa.Table, sampling: dict[str, Any]) 
         return await worker.sample(requests, sampling)
     finally:
         await worker.shutdown()
-
-
-def _human_nll(config: Config, renderer: Renderer, human: pa.Table) -> float:
-    """Mean negative log-likelihood of the human answers, nats per token, with plain transformers and packed
-    prompts.
-    """
-    from learner.pretrained import mean_nll
-
-    table = human_answers(human, renderer, config.sampling.max_tokens)
-    return mean_nll(config.policy, config.learner, table, temperature=config.sampling.temperature)

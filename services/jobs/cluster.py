@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from services.config import ConfigError
+from services.plan import cpu_torch
 
 LOCAL = "127.0.0.1"
 STOP_WAIT_S = 900
@@ -109,7 +110,8 @@ def up(
     token: bool = False,
     stop_wait_s: int = STOP_WAIT_S,
 ) -> LocalCluster:
-    """Start a cluster and wait until it takes jobs. Numbers left out are Ray's own choice.
+    """Start a cluster and wait until it takes jobs. Numbers left out are Ray's own choice, but no GPUs with
+    a CPU build of torch.
 
     Raises:
         ConfigError: one runs already, a port is taken, the host is open without a token, or it did not come
@@ -207,7 +209,7 @@ def _start_command(
 ) -> list[str]:
     sizes = {
         "num-cpus": cpus,
-        "num-gpus": gpus,
+        "num-gpus": 0 if gpus is None and cpu_torch() else gpus,
         "object-store-memory": None if object_store_mib is None else object_store_mib * 2**20,
     }
     return [

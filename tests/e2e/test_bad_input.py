@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rollout.config import DataConfig
+from rollout.data import prompt_id, split_of
+from rollout.prompts import PromptSource
 from services.checkpoint import Checkpoints
 from services.cli import main
 
@@ -237,27 +240,49 @@ def test_a_run_folder_that_exists(train, tiny_demonstrations, tmp_path):
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
     (folder / "mine").write_text("keep")
-    refused(train(tiny_demonstrations), str(folder), "exists already", "--resume", "run.name")
+    refused(train(tiny_demonstrations), str(folder), "exists already", "--auto-resume", "run.name")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"mine": "keep"}
 
 
-def test_resume_without_a_checkpoint(train, tiny_demonstrations):
-    refused(train(tiny_demonstrations, "--resume"), "--resume", "no finished checkpoint")
+def test_a_way_on_from_an_attempt_without_a_checkpoint(train, tiny_demonstrations, tmp_path):
+    refused(train(tiny_demonstrations, "--resume"), "no finished checkpoint", "start it with --auto-resume")
+    folder = tmp_path / "runs" / "r"
+    folder.mkdir(parents=True)
+    (folder / "mine").write_text("keep")
+    shown = refused(train(tiny_demonstrations), "no finished checkpoint", "start it with --auto-resume")
+    assert "use --resume" not in shown
+    assert train(tiny_demonstrations, "--auto-resume")[0] == 0
+    assert [path.read_text() for path in tmp_path.glob("runs/r.no-checkpoint-*/mine")] == ["keep"]
 
 
-def finished_checkpoint(tmp_path: Path, step: int) -> Path:
+def finished_checkpoint(tmp_path: Path, step: int, **loop: object) -> Path:
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
     (folder / "mine").write_text("keep")
     checkpoints = Checkpoints(folder / "checkpoints", 2)
     (checkpoints.begin(step) / "weights").write_text("w")
-    return checkpoints.commit(step, {"step": step})
+    return checkpoints.commit(step, {"step": step, "controller": loop})
 
 
 def test_resume_when_all_is_done(train, tiny_demonstrations, tmp_path):
     finished_checkpoint(tmp_path, 4)
     refused(train(tiny_demonstrations, "--resume"), "--resume", "4 of 4 steps", "raise run.steps")
     assert train(tiny_demonstrations, "--resume", "--run.steps=5")[0] == 0
+
+
+def test_resume_with_another_seed_or_other_data(train, write, tmp_path):
+    data = write(*rows())
+    members = [prompt_id(str(row["prompt"])) for row in rows()]
+    trained = [{"prompt_id": i, "prompt_text": ""} for i in members if split_of(i, DataConfig()) == "train"]
+    source = PromptSource(pa.Table.from_pylist(trained), lambda text: [1], 8, seed=0)
+    source.next(5, 0)
+    folder = finished_checkpoint(tmp_path, 2, prompts=source.state()).parents[1]
+    (folder / "config.toml").write_text("before")
+    assert train(data, "--resume")[0] == 0
+    refused(train(data, "--resume", "--run.seed=1"), "the seed is not the one of the checkpoint")
+    more = write(*rows(170), name="more.jsonl")
+    refused(train(more, "--resume"), "the set of training prompts is not the one of the checkpoint")
+    assert (folder / "config.toml").read_text() == "before"
 
 
 def test_resume_from_a_damaged_checkpoint(train, tiny_demonstrations, tmp_path):

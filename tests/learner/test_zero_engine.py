@@ -1,6 +1,10 @@
 """A step's result does not depend on how it is split: micro-batches, ranks, ZeRO stages. State survives a
 reload exactly."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -215,3 +219,20 @@ def test_schedules():
     assert [schedule_factor(linear, i) for i in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     with pytest.raises(ValueError, match="schedule_steps"):
         schedule_factor(OptimizerConfig(lr_schedule="linear"), 0)
+
+
+def test_a_rank_on_the_cpu_stays_there_whatever_the_driver_uses():
+    """Ranks inherit the driver's environment, which names the device that other ranks have."""
+    code = (
+        "import torch; from learner.engine import ensure_process_group, load_deepspeed\n"
+        "ensure_process_group(torch.device('cpu')); load_deepspeed(torch.device('cpu'))\n"
+        "from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_name())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"DS_ACCELERATOR": "cuda"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == "cpu"

@@ -83,6 +83,35 @@ def test_all_formats_give_the_same_table(tmp_path: Path) -> None:
         assert read(tmp_path / place).equals(expected), place
 
 
+@pytest.mark.parametrize(
+    "layout", ["data/{}-00000-of-00001.parquet", "{}-0.parquet", "{}/0000.parquet", "{}.parquet"]
+)
+def test_of_a_hub_folders_splits_train_is_read_and_said_so(tmp_path: Path, layout: str) -> None:
+    rows = pairs(40)
+    for split, some in {"train": rows[:30], "test": rows[30:], "validation": rows[30:]}.items():
+        file = tmp_path / "set" / layout.format(split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(some), file)
+    table, report = read_demonstrations(tmp_path / "set", DataConfig(), Words())
+    assert table["response"].to_pylist() == [row["response"] for row in rows[:30]]
+    assert 'split "train" of test, train, validation' in report.summary()
+
+
+def test_other_files_of_a_folder_are_one_data_set(tmp_path: Path) -> None:
+    """Shards, names that merely begin like a split's, and the files of one split."""
+    for names in (["part-0", "part-1"], ["trainer-0", "testimony"], ["test-0", "test-1"]):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for number, name in enumerate(names):
+            write_jsonl(folder / f"{name}.jsonl", pairs(40)[20 * number : 20 * number + 20])
+        assert read(folder).num_rows == 40
+    write_jsonl(tmp_path / "test-0" / "train_sft-0.jsonl", pairs(1))
+    with pytest.raises(
+        DataError, match=r"has the splits test, train_sft; name a file of one, e\.g\. .*test-0\.jsonl"
+    ):
+        read(tmp_path / "test-0")
+
+
 def test_batches_are_bounded_and_complete(tmp_path: Path) -> None:
     rows = pairs(2 * BATCH_ROWS + 5)
     table = read(write_jsonl(tmp_path / "a.jsonl", rows))

@@ -1,6 +1,7 @@
 """The `rlgaf` command: exit codes, help, and arguments that reach the configuration."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.cli import main
+from services.config import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +52,15 @@ def test_overrides_of_every_kind_reach_the_configuration(monkeypatch, capsys, ru
     shown = capsys.readouterr().out
     for line in ("lr = 1e-05", "seed = -3", "betas = [0.8, 0.9]", 'name = "mine"'):
         assert line in shown.splitlines()
+
+
+def test_the_readmes_example_trains_adapters_and_reaches_the_configuration():
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    (example,) = [line for line in lines if "--policy.model" in line]
+    config = load(None, shlex.split(example)[3:])
+    assert config.data.demonstrations == "answers.jsonl"
+    assert config.learner.lora.rank > 0
+    assert config.discriminator.lora.rank > 0
 
 
 def test_options_and_overrides_may_be_mixed(monkeypatch, capsys, run_file):

@@ -115,3 +115,13 @@ def test_ray_knows_every_option_of_the_start_command():
         options
     )
     assert [option for option in options if option not in offered] == []
+
+
+@pytest.mark.parametrize(
+    ("cpu_build", "asked", "told"), [(True, None, ["0"]), (True, 2, ["2"]), (False, None, [])]
+)
+def test_a_cpu_torch_offers_no_gpus_of_itself(monkeypatch, cpu_build, asked, told):
+    monkeypatch.setattr(cluster, "cpu_torch", lambda: cpu_build)
+    sizes = {"cpus": None, "gpus": asked, "object_store_mib": None}
+    command = cluster._start_command(Ports(), "127.0.0.1", Path("/tmp/x"), **sizes)
+    assert [word.split("=")[1] for word in command if word.startswith("--num-gpus")] == told

@@ -13,9 +13,10 @@ import pytest
 
 from rollout.data import DEMONSTRATION_SCHEMA, DataSplits
 from rollout.templates import Renderer, load_tokenizer
+from services.answers import TEXTS
 from services.config import Config, ConfigError, load
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
-from services.evaluator import TEXTS, Evaluator
+from services.evaluator import Evaluator
 
 GOOD = "def measures(answers):\n    return {'own': float(len(answers.model))}\n"
 ANSWERS = Answers(prompts=["p"], human=["h"], model=["m"], demonstrations=["d"], nll=1.5, human_tokens=2.0)

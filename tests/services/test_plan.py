@@ -1,10 +1,15 @@
 """The resource plan: its arithmetic and what it says when there is not enough."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from services import plan as planning
 from services.config import ConfigError, load
-from services.plan import local_gpus, resource_plan
+from services.plan import local_gpus, machine_gpus, resource_plan
 
 NEEDED = ["--policy.model=m", "--data.demonstrations=d.jsonl"]
 
@@ -72,13 +77,53 @@ def test_too_few_cpus_names_numbers_fields_and_place():
         assert part in message
 
 
-def test_too_few_gpus_names_those_who_ask():
+@pytest.mark.parametrize(
+    ("words", "have", "needs", "ways"),
+    [
+        ([], 1, 4, 'discriminator.device = "cpu" (needs 2 fewer)'),
+        (["--learner.ranks=4", "--discriminator.device=cpu"], 2, 5, "learner.ranks (4 x 1)"),
+        (["--run.method=sft"], 1, 2, "rollout.workers (1 x 1), learner.ranks (1 x 1)"),
+    ],
+)
+def test_too_few_gpus_name_the_ways_out(monkeypatch, words, have, needs, ways):
+    monkeypatch.setattr(planning, "cpu_torch", lambda: False)
     with pytest.raises(ConfigError) as refused:
-        plan("--learner.ranks=4", "--discriminator.device=cpu", gpus=2).check(64.0, 2, "the Ray cluster")
+        plan(*words, gpus=have).check(64.0, have, "this machine")
     message = str(refused.value)
-    assert "needs 5 GPUs and the Ray cluster has 2" in message
-    assert "learner.ranks (4 x 1)" in message
-    assert "discriminator.ranks" not in message
+    assert f"needs {needs} GPUs and this machine has {have}; each process takes its own" in message
+    assert ways in message
+    assert "DEVICE=cpu" in message
+    assert ("discriminator" in message) == (words == [])
+
+
+def test_a_cpu_torch_uses_no_gpu_and_says_so(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0+cpu")
+    assert (machine_gpus(), local_gpus()) == (2, 0)
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs and this machine has 0; this torch is a CPU build"):
+        plan("--run.method=sft", "--rollout.device=cuda", "--learner.device=cuda").check(
+            64.0, 0, "this machine"
+        )
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
+    assert local_gpus() == 2
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_takes_gpus_only_where_the_default_plan_has_enough(tmp_path):
+    for gpus in range(plan(gpus=1).gpus + 1):
+        lines = "".join(f"echo 'GPU {i}: A'\necho '  MIG 1g Device 0'\n" for i in range(gpus))
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\n{lines}")
+        smi.chmod(0o755)
+        told = subprocess.run(
+            ["make", "--dry-run", "--always-make", "setup"],
+            cwd=Path(__file__).parents[2],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert f"-r requirements/{'gpu' if gpus == plan(gpus=1).gpus else 'cpu'}.txt" in told, gpus
 
 
 def test_exactly_enough_is_enough():
@@ -98,7 +143,7 @@ def test_lines_name_every_role_and_the_sum():
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,2,3", 3)])
 def test_visible_devices_limit_the_gpus(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local_gpus() == count
+    assert machine_gpus() == count
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from rollout.prompts import PromptSource
 from services.config import load
 from services.fleet import RolloutFleet
 from services.plan import resource_plan
 from services.policy_side import PolicySide
 
 BROKEN: dict[str, Any] = {"replace": [1], "error": "worker 1: wrong checksum of layer 3"}
-REQUESTS = pa.table({"group_id": ["a", "b", "c", "d"], "sample": [0] * 4, "seed": [1, 2, 3, 4]})
+REQUESTS = pa.table({"group_id": ["a", "b", "c", "d"], "sample": [0] * 4, "seed": [1, 2, 3, 4], "n": [1] * 4})
 
 
 class Worker:
@@ -111,6 +112,52 @@ async def settled() -> None:
 def versions(answers: pa.Table) -> list[int]:
     assert answers["group_id"].to_pylist() == REQUESTS["group_id"].to_pylist()
     return answers["version"].to_pylist()
+
+
+def requests_of(prompts: int, each: int) -> pa.Table:
+    rows = {"prompt_id": [f"{i:04}" for i in range(prompts)], "prompt_text": ["x"] * prompts}
+    table = PromptSource(pa.table(rows), lambda text: [1], each, seed=0).next(prompts, 0)
+    return table.append_column("sample", pa.array([0] * prompts))
+
+
+def asked_of(side: Any, kills_at: int = 0) -> list[int]:
+    """The sizes of the batches that the fleet will be asked for; a worker dies at the given one."""
+    sizes: list[int] = []
+    generate = side.fleet.generate
+
+    async def counted(requests: pa.Table, min_version: int) -> pa.Table:
+        sizes.append(requests.num_rows)
+        if len(sizes) == kills_at:
+            side.fleet.actors[0].dead = True
+        return await generate(requests, min_version)
+
+    side.fleet.generate = counted
+    return sizes
+
+
+def test_far_more_responses_than_a_step_has_are_asked_for_in_batches_with_a_deadline_each(start):
+    """Base samples for the audit; of 16 x 8 in a step, two workers decode 512 together."""
+
+    async def scenario() -> None:
+        side = await start()
+        asked = asked_of(side, kills_at=2)
+        requests = requests_of(700, each=3)
+        answered = await side.generate(requests, 0)
+        assert asked == [170] * 5 + [20]  # the failed one is asked again, the first is not
+        assert sorted(answered["prompt_id"].to_pylist()) == sorted(requests["prompt_id"].to_pylist())
+
+    asyncio.run(scenario())
+
+
+def test_a_step_is_one_batch_however_large(start):
+    async def scenario() -> None:
+        side = await start()
+        side.config.run.prompts_per_step = 200
+        asked = asked_of(side)
+        await side.generate(requests_of(200, each=8), 0)
+        assert asked == [200]
+
+    asyncio.run(scenario())
 
 
 def test_every_broken_broadcast_is_a_sync_failure(start):
