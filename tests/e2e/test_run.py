@@ -97,8 +97,9 @@ def test_every_step_is_in_the_metrics(unbroken):
         *(f"policy/{name}" for name in ("entropy", "kl", "grad_norm", "importance_mean")),
         *(f"policy/{name}" for name in ("mismatch_mean", "mismatch_max")),
         *(f"seconds/{name}" for name in ("generate", "score", "learn", "sync")),
-        *("response/length_mean", "response/truncated_rate", "memory_mib/controller"),
-        *("sync/bytes", "sync/wire_s"),
+        *("response/length_mean", "response/truncated_rate"),
+        *(f"memory_mib/{name}" for name in ("controller", "rollout", "scoring")),
+        *("sync/bytes", "sync/wire_s", "rollout/tokens_per_s", "policy/tokens_per_s"),
     }
     for row in rows:
         assert expected <= row.keys()
@@ -110,6 +111,8 @@ def test_every_step_is_in_the_metrics(unbroken):
             "discriminator/margin",
         } <= row.keys()
         assert row["discriminator/steps"] == 2
+        assert all(row[f"{name}/tokens_per_s"] > 0 for name in ("rollout", "policy", "discriminator"))
+        assert row["memory_mib/rollout"] > 1.5 * row["memory_mib/scoring"], "an actor and its engine"
 
 
 def test_evaluations_are_in_the_metrics_of_their_steps(unbroken):

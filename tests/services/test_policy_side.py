@@ -9,7 +9,7 @@ from services.config import load
 from services.fleet import FleetError
 from services.policy_side import PolicySide
 
-WELL: dict[str, Any] = {"replace": [], "total_s": 0.1}
+WELL: dict[str, Any] = {"replace": [], "total_s": 0.1, "worker_memory_mib": 900.0}
 BROKEN: dict[str, Any] = {"replace": [1], "error": "worker 1: wrong checksum of layer 3"}
 
 
@@ -46,6 +46,7 @@ def policy_side(*answers: dict[str, Any]) -> PolicySide:
 def test_every_broken_broadcast_is_a_sync_failure():
     side = policy_side(BROKEN, BROKEN)
     assert asyncio.run(side.sync(3)) == {"total_s": 0.1}
+    assert side.resident == {"rollout": 900.0}, "it is no time of the sync"
     assert (side.sync_failures, side.replacements) == (2, 2)
     assert side.fleet.replaced == [[1], [1]]
 
