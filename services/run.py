@@ -208,7 +208,8 @@ class _Run:
             await self.controller.run(self._after_step)
             if self.controller.step not in self.checkpoints.steps():
                 await self._save()
-            if not self.controller.finished:
+            self.controller.running = False  # a resume repeats what follows: a signal ends it at once
+            if self.controller.stopping or not self.controller.finished:
                 await self.system.stop()
                 self.display.note(f"stopped at step {self.controller.step}; go on with --resume")
                 return INTERRUPTED
@@ -379,7 +380,6 @@ class _Run:
             "memory_mib": {"controller": process_memory()["rss"], **memory},
             "learning_curve": [{"step": step, **row} for step, row in self.evaluator.curve],
         }
-        write_summary(folder, evaluation, phases, self.alarms.raised, facts)
         write_report(
             folder,
             f"rlgaf run {config.run.name}",
@@ -394,6 +394,8 @@ class _Run:
         )
         if self.tracker is not None:
             self.tracker.closing(evaluation)
+        # Last: a run that has it is whole, and is not resumed.
+        write_summary(folder, evaluation, phases, self.alarms.raised, facts)
         print_report(self.console, evaluation, phases, self.alarms.raised, samples, wall)
         self.console.print(
             f"everything is in {folder}: report.md, summary.json, metrics.jsonl, samples/, best/, last/"

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,23 @@ def resumed(
 
 
 @pytest.fixture(scope="module")
-def lagging(launch: Launch) -> Finished:
-    return launch("lagging", LAGS)
+def broken_off(launch: Launch) -> Finished:
+    """A run told to stop after its last checkpoint, in the closing evaluation."""
+
+    def stop(process: "subprocess.Popen[str]", folder: Path) -> None:
+        last = folder / "checkpoints" / f"step-{int(LAGS['run.steps']):06d}" / "manifest.json"
+        while process.poll() is None and not last.exists():
+            time.sleep(0.05)
+        process.terminate()
+
+    return launch("lagging", LAGS, meanwhile=stop)
+
+
+@pytest.fixture(scope="module")
+def lagging(launch: Launch, broken_off: Finished) -> Finished:
+    """The same run, brought to its end."""
+    assert not (broken_off.folder / "summary.json").exists()
+    return launch("lagging", LAGS, resume=True)
 
 
 def test_a_run_ends_well_and_leaves_no_process_behind(unbroken):
@@ -217,6 +233,14 @@ def test_a_resumed_run_equals_the_unbroken_one(unbroken, interrupted, resumed):
 def is_clock(key: str) -> bool:
     """Fields that measure the machine and not the run."""
     return key == "time" or "seconds" in key or "memory" in key or key.endswith("_s")
+
+
+def test_a_signal_ends_the_closing_evaluation_and_a_resume_does_it(broken_off, lagging):
+    assert broken_off.code == 130, broken_off.output[-3000:]
+    assert broken_off.left == []
+    assert lagging.code == 0, lagging.output[-3000:]
+    assert lagging.metrics == broken_off.metrics, "no step is repeated"
+    assert lagging.summary["steps"] == int(LAGS["run.steps"])
 
 
 def test_lags_stay_in_bounds_and_accounts_balance(lagging):
