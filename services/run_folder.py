@@ -5,17 +5,19 @@ from pathlib import Path
 
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError
+from services.lease import LEASE, wait_until_free
 
-LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard"}
+LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard", LEASE}
 
 
 def prepare_folder(config: Config, resume: bool) -> Checkpoints:
     """The checkpoints of a run that may begin in its folder, or go on there.
 
     Raises:
-        ConfigError: there is nothing to resume, nothing left to do (all steps done, evaluated and reported),
-            a broken checkpoint, or another run's folder would be written over.
+        ConfigError: another driver writes to it, there is nothing to resume, nothing left to do (all steps
+            done, evaluated and reported), a broken checkpoint, or another run's folder would be written over.
     """
+    wait_until_free(config.folder)
     checkpoints = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints)
     newest = checkpoints.newest()
     if resume and newest is None:
