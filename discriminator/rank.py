@@ -4,6 +4,7 @@ Tables arrive as object references; every rank gets whole tables and takes its s
 state goes into the object store, its reference and checksum into the version store.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,15 @@ class DiscriminatorRank:
         step: int,
     ) -> dict[str, Any]:
         """The turn of policy step `step`: judge held-out demonstrations against rollouts not trained on yet,
-        make the steps that the health gate allows, publish version step + 1."""
+        make the steps that the health gate allows, publish version step + 1. With the trainer's metrics come
+        `tokens_per_s`, trained in the seconds of these steps, where there were any, and this rank's memory.
+        """
         held = self.trainer.evaluate(ray.get(heldout), ray.get(fresh), step)
-        trained = self.trainer.update(ray.get(rollouts), ray.get(demonstrations), step)
+        tables = ray.get([rollouts, demonstrations])
+        began = time.perf_counter()
+        trained = self.trainer.update(*tables, step)
+        if "tokens_trained" in trained:
+            trained["tokens_per_s"] = trained["tokens_trained"] / (time.perf_counter() - began)
         self._publish(step + 1)
         judged = {f"{name}_heldout": value for name, value in held.items()}
         changes = [

@@ -214,7 +214,8 @@ class LearnerConfig(OptimizerConfig):
     """return, rloo, gae: scale a step's advantages to mean zero and unit standard deviation."""
 
     kl_coef: NonNegativeFloat = 0.01
-    """Weight of the KL divergence from the reference (the base model); 0 loads no reference."""
+    """Weight of the KL divergence from the reference (the base model); 0 loads no reference, and the metrics
+    have no `policy/kl`."""
 
     kl_target: PositiveFloat | None = None
     """Adapt `kl_coef` after each step so that the KL, in nats per token, comes to this (None: fixed)."""

@@ -60,17 +60,17 @@ class LearnerRank:
         self.kept = Snapshot()
 
     def train_step(self, table: "ray.ObjectRef[pa.Table]", step: int, lr_factor: float) -> dict[str, Any]:
-        """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics and this rank's
-        memory.
+        """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics, response tokens per
+        second and this rank's memory.
         """
         metrics = self.learner.train_step(ray.get(table), step, lr_factor)
         self.version = step + 1
-        return metrics | {"memory_mib": memory_mib()}
+        return _told(metrics)
 
     def supervised_step(self, table: "ray.ObjectRef[pa.Table]") -> dict[str, Any]:
-        """One supervised update on examples; `supervised_step`'s metrics and this rank's memory."""
-        metrics = supervised_step(self.learner.trainable, self.learner.cfg, ray.get(table))
-        return metrics | {"memory_mib": memory_mib()}
+        """One supervised update on examples; `supervised_step`'s metrics, answer tokens per second and this
+        rank's memory."""
+        return _told(supervised_step(self.learner.trainable, self.learner.cfg, ray.get(table)))
 
     def keep(self) -> None:
         """Remember the present weights instead of those remembered before."""
@@ -162,3 +162,8 @@ class LearnerRank:
     def memory(self) -> dict[str, float]:
         """Resident (and CUDA) memory of this rank in MiB."""
         return memory_mib()
+
+
+def _told(metrics: dict[str, float]) -> dict[str, Any]:
+    rate = metrics["tokens_response"] / metrics["seconds_step"]
+    return metrics | {"tokens_per_s": rate, "memory_mib": memory_mib()}

@@ -125,7 +125,7 @@ class WorkerClient:
         self._call("resume", self._in_state("paused"), state="idle")
 
     def timings(self) -> dict[str, float]:
-        """The workers' sync_timings, the slowest worker's for each key."""
+        """The workers' sync_timings, the slowest (and largest) worker's for each key."""
         answers = self._call("sync_timings", self.workers)
         self._raise("reading timings")
         return {key: max(answer[key] for answer in answers) for key in answers[0]}

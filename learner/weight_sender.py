@@ -290,7 +290,8 @@ class WeightSender:
         """Bring all workers to `version`; called on every rank at the same point of the step.
 
         Returns rank 0's seconds on every rank: gather_s, checksum_s, wire_s and total_s of the sender,
-        worker_wire_s, worker_checksum_s, worker_load_s, worker_finalize_s of the slowest worker, and bytes.
+        worker_wire_s, worker_checksum_s, worker_load_s, worker_finalize_s of the slowest worker,
+        worker_memory_mib of the largest, and bytes.
         Raises WeightSyncError on every rank; `connect` before the next send.
         """
         if self._engine is None:

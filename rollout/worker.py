@@ -12,10 +12,12 @@ sync brings it up to date.
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import psutil
 import pyarrow as pa
 
 from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
@@ -325,10 +327,11 @@ class RolloutWorker:
 
     async def sync_timings(self) -> dict[str, float]:
         """Seconds of the last sync: wire_s, checksum_s, load_s, finalize_s; the slowest rank's where there
-        are more.
+        are more. And memory_mib, resident in this process and its engine's, which costs no call of its own.
         """
         ranks = await self._sync_call("sync_timings", self._engine.collective_rpc("rlgaf_sync_timings"))
-        return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+        timings = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+        return timings | {"memory_mib": resident_mib()}
 
     async def policy_version(self) -> int:
         """The version that the engine itself reports."""
@@ -364,6 +367,16 @@ class RolloutWorker:
             raise
         except Exception as error:
             raise WorkerError(f"{self.name}: {what} failed: {type(error).__name__}: {error}") from None
+
+
+def resident_mib() -> float:
+    """Resident memory of this process and all below it, in MiB: vLLM's engine and ranks are its children."""
+    own = psutil.Process()
+    total = 0
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ended meanwhile holds nothing
+            total += process.memory_info().rss
+    return total / 2**20
 
 
 def _sampled_logprobs(completion: Any) -> list[float]:

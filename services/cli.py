@@ -30,7 +30,9 @@ OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 def _go_on(settings: Config) -> bool:
     """Whether there is a checkpoint to go on from, here or (fetched then) in the run's copy."""
     from services.jobs.resumption import goes_on, set_aside
+    from services.lease import wait_until_free
 
+    wait_until_free(settings.folder)
     if (moved := set_aside(settings, time.time())) is not None:
         typer.echo(f"an earlier attempt left no checkpoint; its folder is now {moved}")
     if settings.run.mirror:
@@ -66,6 +68,10 @@ def train(
         return
     from services.run import run
 
+    if auto_resume:
+        from services.jobs.resumption import wait_for_an_earlier_driver
+
+        wait_for_an_earlier_driver(settings, typer.echo)
     if auto_resume or (resume and settings.run.mirror):
         resume = _go_on(settings) or resume
     raise typer.Exit(run(settings, resume=resume))

@@ -11,6 +11,7 @@ that the health gate skips still counts, so the clocks stay comparable). The tur
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,8 @@ class Controller:
         self.running = False
         self.stopping = False
         self._generating: dict[int, asyncio.Task[pa.Table]] = {}
+        self._rates: dict[int, float] = {}
+        """Response tokens per second of the generation that a step's batch came from."""
         self._cursors: dict[int, dict[str, Any]] = {}
         self._turns: deque[asyncio.Task[None]] = deque()
         self._disc_metrics: dict[str, Any] = {}
@@ -95,12 +98,15 @@ class Controller:
         requests = self.system.prompts.next(self.config.run.prompts_per_step, step)
         for group, n in zip(requests["group_id"].to_pylist(), requests["n"].to_pylist(), strict=True):
             self.ledger.submit(group, n)
+        began = time.perf_counter()
         try:
-            return await self.system.generate(requests, min_version=step - self.config.run.max_policy_lag)
+            batch = await self.system.generate(requests, min_version=step - self.config.run.max_policy_lag)
         except BaseException:
             for group in requests["group_id"].to_pylist():
                 self.ledger.fail(group, "generation failed")
             raise
+        self._rates[step] = response_tokens(batch) / (time.perf_counter() - began)
+        return batch
 
     async def score(self, batch: pa.Table) -> pa.Table:
         """The batch with reward columns; all responses of a group are judged by one version, none staler than
@@ -164,7 +170,7 @@ class Controller:
             batch = await task
             for group in pc.unique(batch["group_id"]).to_pylist():
                 self.ledger.drop(group, "run ended")
-            del self._generating[step], self._cursors[step]
+            del self._generating[step], self._cursors[step], self._rates[step]
         if cursor is not None:
             self.system.prompts.load_state(cursor)  # a resumed run asks for these prompts again
 
@@ -202,11 +208,12 @@ class Controller:
                 },
                 "responses": self.ledger.check(),
                 "rollout": {
+                    "tokens_per_s": self._rates.pop(self.step),
                     "replacements": self.system.replacements,
                     "sync_failures": self.system.sync_failures,
                 },
                 "seconds": self.timer.take(),
-                "memory_mib": {"controller": process_memory()["rss"]},
+                "memory_mib": {"controller": process_memory()["rss"], **self.system.resident},
             },
         )
 

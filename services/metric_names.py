@@ -112,6 +112,19 @@ METRICS: tuple[Metric, ...] = (
         key="policy/tokens_response",
         per_step=True,
     ),
+    Metric(
+        "rlgaf_tokens_per_second",
+        "gauge",
+        "Response tokens of the step by the seconds of their generation (rollout; batches asked for ahead "
+        "share the workers) and of the update (learner); tokens of the discriminator's last turn that "
+        "trained, prompts too, by the seconds of its updates",
+        label="process",
+        series={
+            "rollout": "rollout/tokens_per_s",
+            "learner": "policy/tokens_per_s",
+            "discriminator": "discriminator/tokens_per_s",
+        },
+    ),
     Metric("rlgaf_response_length_tokens", "gauge", "Mean response length", key="response/length_mean"),
     Metric(
         "rlgaf_response_truncated_ratio",
@@ -148,7 +161,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("rlgaf_policy_loss", "gauge", "Policy loss with its KL and entropy terms", key="policy/loss"),
     Metric("rlgaf_policy_entropy_nats", "gauge", "Entropy per token", key="policy/entropy"),
-    Metric("rlgaf_policy_kl_nats", "gauge", "KL to the reference per token", key="policy/kl"),
+    Metric(
+        "rlgaf_policy_kl_nats",
+        "gauge",
+        "KL to the reference per token",
+        key="policy/kl",
+        when="with learner.kl_coef above 0; else there is no reference, and its pass is saved",
+    ),
     Metric("rlgaf_policy_grad_norm", "gauge", "Gradient norm before clipping", key="policy/grad_norm"),
     Metric("rlgaf_policy_lr", "gauge", "Learning rate of the policy", key="policy/lr"),
     Metric(
@@ -325,10 +344,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rlgaf_memory_bytes",
         "gauge",
-        "Resident memory of the driver (controller) and of rank 0 of learner and discriminator",
+        "Resident memory of the driver (controller), of rank 0 of learner and discriminator, of the largest "
+        "rollout worker with its engine's processes, and of the largest scoring replica",
         label="process",
         series={
             "controller": "memory_mib/controller",
+            "rollout": "memory_mib/rollout",
+            "scoring": "memory_mib/scoring",
             "learner": "policy/memory_mib/rss",
             "discriminator": "discriminator/memory_mib/rss",
         },

@@ -43,6 +43,9 @@ class PolicySide:
         self.replacements = 0
         self.sync_failures = 0
         """Broadcasts that some worker missed or broke; each was repeated with that worker replaced."""
+        self.resident: dict[str, float] = {}
+        """Resident MiB of the largest rollout worker (with its engine's processes) at the last sync, and of
+        the largest scoring replica that answered last; they come with answers that travel anyway."""
         self._groups: list[TrainerGroup] = []
         self._mending = asyncio.Lock()
 
@@ -162,7 +165,7 @@ class PolicySide:
 
     async def memory(self) -> dict[str, float]:
         """Resident memory by process in MiB."""
-        found: dict[str, float] = {}
+        found = dict(self.resident)
         for group in self._groups:
             for rank, memory in enumerate(await group.call("memory", timeout_s=30.0)):
                 found |= {f"{group.role}_{rank}_{name}": value for name, value in memory.items()}
@@ -184,6 +187,7 @@ class PolicySide:
             answer = (await self.learner.call("sync", timeout_s=timeout, version=version))[0]
             if "error" not in answer:
                 del answer["replace"]
+                self.resident["rollout"] = answer.pop("worker_memory_mib")
                 return answer
             self.sync_failures += 1
             await self._replace(answer["replace"], answer["error"])

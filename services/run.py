@@ -17,6 +17,7 @@ from rollout.templates import Renderer, check_model, load_tokenizer
 from services.checkpoint import Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
+from services.lease import Lease
 from services.methods import method_title, not_read
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.mirror import Mirror, refuse_used
@@ -87,13 +88,15 @@ def run(config: Config, *, resume: bool) -> int:
         config = plan.settle(config)
         for line in plan.lines():
             console.print(f"plan: {line}", highlight=False, markup=False)
-        tracker = WandbRun(config) if config.run.wandb else None
-        if tracker is not None:
-            console.print(f"Weights & Biases: {tracker.address}", highlight=False, markup=False)
-        code = asyncio.run(_Run(config, plan, splits, renderer, checkpoints, resume, console, tracker).main())
-        if tracker is not None:
-            tracker.finish(code)
-        return code
+        with Lease(config.folder) as lease:
+            tracker = WandbRun(config) if config.run.wandb else None
+            if tracker is not None:
+                console.print(f"Weights & Biases: {tracker.address}", highlight=False, markup=False)
+            life = _Run(config, plan, splits, renderer, checkpoints, resume, console, tracker, lease)
+            code = asyncio.run(life.main())
+            if tracker is not None:
+                tracker.finish(code)
+            return code
 
 
 class _Run:
@@ -109,6 +112,7 @@ class _Run:
         resume: bool,
         console: Console,
         tracker: WandbRun | None,
+        lease: Lease,
     ) -> None:
         from services.display import Display
         from services.evaluator import Evaluator
@@ -117,6 +121,7 @@ class _Run:
         self.resume = resume
         self.console = console
         self.checkpoints = checkpoints
+        self.lease = lease
         self.mirror = Mirror(config.folder, config.run.mirror) if config.run.mirror else None
         self.began = time.monotonic()
         self.earlier_seconds = 0.0
@@ -206,7 +211,8 @@ class _Run:
             await self.controller.run(self._after_step)
             if self.controller.step not in self.checkpoints.steps():
                 await self._save()
-            if not self.controller.finished:
+            self.controller.running = False  # a resume repeats what follows: a signal ends it at once
+            if self.controller.stopping or not self.controller.finished:
                 await self.system.stop()
                 self.display.note(f"stopped at step {self.controller.step}; go on with --resume")
                 return INTERRUPTED
@@ -285,6 +291,7 @@ class _Run:
 
     def _record(self, step: int) -> None:
         """Write the step's row, raise alarms, show progress. Step 0 is the base's evaluation."""
+        self.lease.check()
         row, self.row = self.log.log(step, self.row), {}
         self.exported.step(row, self.rows[-1] if self.rows else None)
         if self.tracker is not None:
@@ -310,6 +317,7 @@ class _Run:
             self.tracker.alarms(raised)
 
     async def _save(self) -> None:
+        self.lease.check()
         with self.controller.timer("checkpoint"):
             await self.controller.quiesce()
             step = self.controller.step
@@ -358,6 +366,7 @@ class _Run:
     def _report(self, evaluation: dict[str, dict[str, Any]], memory: dict[str, float]) -> None:
         from services.report import print_report, write_report, write_summary
 
+        self.lease.check()
         config, folder = self.config, self.config.folder
         wall = self.earlier_seconds + time.monotonic() - self.began
         phases = self.controller.timer.totals()
@@ -377,7 +386,6 @@ class _Run:
             "memory_mib": {"controller": process_memory()["rss"], **memory},
             "learning_curve": [{"step": step, **row} for step, row in self.evaluator.curve],
         }
-        write_summary(folder, evaluation, phases, self.alarms.raised, facts)
         write_report(
             folder,
             f"rlgaf run {config.run.name}",
@@ -392,6 +400,8 @@ class _Run:
         )
         if self.tracker is not None:
             self.tracker.closing(evaluation)
+        # Last: a run that has it is whole, and is not resumed.
+        write_summary(folder, evaluation, phases, self.alarms.raised, facts)
         print_report(self.console, evaluation, phases, self.alarms.raised, samples, wall)
         self.console.print(
             f"everything is in {folder}: report.md, summary.json, metrics.jsonl, samples/, best/, last/"

@@ -1,14 +1,16 @@
 """What may be done with a run's folder before anything is written to it."""
 
 import json
+from pathlib import Path
 
 from rollout.data import DataSplits
 from rollout.prompts import PromptSource
 from rollout.templates import Renderer
 from services.checkpoint import CheckpointError, Checkpoints, verify
 from services.config import Config, ConfigError
+from services.lease import LEASE, wait_until_free
 
-LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard"}
+LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard", LEASE}
 BEGIN_ANEW = "start it with --auto-resume, which renames what an earlier attempt left and begins anew"
 
 
@@ -16,14 +18,16 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoints:
     """The checkpoints of a run that may begin in its folder, or go on there.
 
     Raises:
-        ConfigError: there is nothing to resume, nothing left to do, a broken checkpoint, or another run's
-            folder would be written over.
+        ConfigError: another driver writes to it, there is nothing to resume, nothing left to do (all steps
+            done, evaluated and reported), a broken checkpoint, or another run's folder would be written over.
     """
+    wait_until_free(config.folder)
     checkpoints = Checkpoints(config.folder / "checkpoints", config.run.keep_checkpoints)
     newest = checkpoints.newest()
     if resume and newest is None:
         raise ConfigError(f"--resume: {config.folder} has no finished checkpoint; {BEGIN_ANEW}")
-    if resume and checkpoints.steps()[-1] >= config.run.steps:
+    closed = resume and checkpoints.steps()[-1] == _summed_up(config.folder)
+    if closed and checkpoints.steps()[-1] >= config.run.steps:
         raise ConfigError(
             f"--resume: {config.folder} has done {checkpoints.steps()[-1]} of {config.run.steps} steps; "
             "raise run.steps to go on"
@@ -34,7 +38,7 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoints:
         except CheckpointError as error:
             raise ConfigError(f"--resume: {error}") from None
         patience = config.learner.sft.patience
-        if (config.folder / "summary.json").exists() and loop.get("early", {}).get("looks", 0) >= patience:
+        if closed and loop.get("early", {}).get("looks", 0) >= patience:
             raise ConfigError(
                 f"--resume: {config.folder} has ended by early stopping at step {loop['step']}; raise "
                 "learner.sft.patience to go on"
@@ -60,3 +64,12 @@ def check_cursor(config: Config, splits: DataSplits, renderer: Renderer, checkpo
     if cursor := loop.get("prompts"):
         prompts, run = splits.rollout_prompts(), config.run
         PromptSource(prompts, renderer.encode, config.sampling.group_size, run.seed).load_state(cursor)
+
+
+def _summed_up(folder: Path) -> int | None:
+    """Step at which the run was evaluated and reported to its end; a run whose last step is beyond it has
+    this still to do, which a resume then does.
+    """
+    file = folder / "summary.json"
+    step: int | None = json.loads(file.read_text())["steps"] if file.exists() else None
+    return step

@@ -26,6 +26,7 @@ from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
 from learner.environment import WORKER_ENVIRONMENT
+from learner.memory import memory_mib
 
 Group = tuple[str, list[tuple[str, bool]]]
 """A prompt's text and its responses, each (text, complete)."""
@@ -124,6 +125,12 @@ class _Replica:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    async def measured_score(
+        self, version: int, groups: list[Group]
+    ) -> tuple[list[list[dict[str, Any]]], float]:
+        """`score`, and this replica's resident memory in MiB."""
+        return await self.score(version, groups), memory_mib()["rss"]
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005, batch_size_fn=group_count)
     async def _score_batch(self, requests: list[Request]) -> list[Answer | Exception]:

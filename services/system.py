@@ -157,14 +157,16 @@ class System(PolicySide):
         requests = max(settings.replicas, -(-len(groups) // settings.max_batch_groups))
         shares = [list(groups.values())[i::requests] for i in range(min(requests, len(groups)))]
 
-        async def one(share: list[list[int]]) -> list[list[dict[str, Any]]]:
+        async def one(share: list[list[int]]) -> tuple[list[list[dict[str, Any]]], float]:
             asked = [(prompts[rows[0]], [(texts[i], complete[i]) for i in rows]) for rows in share]
-            call = self.scorer.score.remote(version, asked)
+            call = self.scorer.measured_score.remote(version, asked)
             return await within(settings.timeout_s, f"scoring {len(share)} groups", call)
 
         answers = await asyncio.gather(*(one(share) for share in shares))
+        if answers:
+            self.resident["scoring"] = max(memory for _, memory in answers)
         scores: list[dict[str, Any]] = [{}] * batch.num_rows
-        for share, scored in zip(shares, answers, strict=True):
+        for share, (scored, _) in zip(shares, answers, strict=True):
             for rows, group in zip(share, scored, strict=True):
                 for row, item in zip(rows, group, strict=True):
                     scores[row] = item

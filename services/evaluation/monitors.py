@@ -61,10 +61,10 @@ def text_monitors(
         demonstrations: the training demonstrations, normalised alike.
         generated_vectors, human_vectors: embeddings [n, d] (None: TF-IDF of character 2–4-grams).
         clusters: most modes that are looked for.
-        seed: of the clustering.
+        seed: of the clustering, and of the texts that self-BLEU draws.
 
-    Returns mode_share, modes_lost, distinct_2_share, repetition, repetition_human, length_ratio, copy_rate,
-    copy_natural, copy_excess. ValueError on unequal counts.
+    Returns mode_share, modes_lost, distinct_2_share, self_bleu_room, repetition, repetition_human,
+    length_ratio, copy_rate, copy_natural, copy_excess. ValueError on unequal counts.
     """
     if len(generated) != len(human):
         raise ValueError(
@@ -77,6 +77,7 @@ def text_monitors(
     return {
         **mode_monitors(of_human, of_model),
         "distinct_2_share": _share(text_metrics.distinct(generated, 2), text_metrics.distinct(human, 2)),
+        "self_bleu_room": _share(_self_bleu_room(generated, seed), _self_bleu_room(human, seed)),
         "repetition": repetition_rate(generated),
         "repetition_human": repetition_rate(human),
         "length_ratio": _share(float(words[0]), float(words[1])),
@@ -196,6 +197,12 @@ def cycling(scores: NDArray, sides: Sequence[Hashable] | None = None) -> dict[st
         "disagreement_first": float(1 - with_live[0]),
         "recurrence": float(np.max(best_before - with_live)),
     }
+
+
+def _self_bleu_room(texts: Sequence[str], seed: int) -> float:
+    """What self-BLEU leaves to 100, the value of texts that are all alike: a ratio of it, unlike one of
+    self-BLEU, means the same whether the humans' is 10 or 70. One text resembles no other."""
+    return 100.0 - text_metrics.self_bleu(texts, seed=seed) if len(texts) > 1 else 100.0
 
 
 def _wilson(share: float, count: int, alpha: float) -> Any:

@@ -37,8 +37,8 @@ class Job:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended: SUCCEEDED, STOPPED or FAILED, with Ray's message and, if it ran, the driver's exit
-    code."""
+    """How a job ended: SUCCEEDED, STOPPED or FAILED, with Ray's message and, where Ray knows it, the
+    driver's exit code."""
 
     status: str
     message: str

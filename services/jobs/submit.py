@@ -213,7 +213,7 @@ def _ended(end: JobEnd, say: Callable[[str], None]) -> int:
         say("the job was stopped; `rlgaf submit … --resume` goes on from its newest checkpoint")
         return INTERRUPTED
     if end.exit_code is None:
-        say(f"the job failed before its driver ran: {end.message}")
+        say(f"the job failed without an exit code: {end.message}")
         return FAILED
     code = 128 - end.exit_code if end.exit_code < 0 else end.exit_code
     say(f"the job failed with exit code {code}")

@@ -121,7 +121,7 @@ class SupervisedController:
                 "selection": checked,
                 "epoch": self.step * self.settings.batch_size / self.examples.num_rows,
                 "seconds": self.timer.take(),
-                "memory_mib": {"controller": process_memory()["rss"]},
+                "memory_mib": {"controller": process_memory()["rss"], **self.system.resident},
             },
         )
 

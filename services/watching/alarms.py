@@ -49,6 +49,11 @@ class AlarmBounds:
     modes_lost: float = 0.1
     """Modes have collapsed when human answers of this share lie in modes that the policy has lost since it
     covered most."""
+    distinct_share: float = 0.5
+    """Diversity has collapsed when the policy's distinct-2 falls below this share of the humans' (of the
+    base's, where that is less)."""
+    self_bleu_room: float = 0.5
+    """The same of what self-BLEU leaves to 100, where all answers are one."""
     repetition: float = 0.2
     """Largest excess over the humans of the share of tokens inside repeated n-grams."""
     length_rank_correlation: float = 0.3
@@ -68,6 +73,13 @@ def _recent(rows: Rows, key: str, count: int) -> list[float]:
     """The metric's last `count` values, or [] when there are fewer."""
     values = [float(row[key]) for row in rows if row.get(key) is not None]
     return values[-count:] if len(values) >= count else []
+
+
+def _beside_humans(rows: Rows, key: str, least: float) -> tuple[float, float]:
+    """A share of the humans' value, last seen, and its bound: `least`, or that of the first one where the
+    base was below the humans already. (0, 0) where the rows have none."""
+    values = [float(row[key]) for row in rows if row.get(key) is not None] or [0.0]
+    return values[-1], least * min(1.0, values[0])
 
 
 def not_finite(rows: Rows, bounds: AlarmBounds) -> str | None:
@@ -148,12 +160,10 @@ def truncation(rows: Rows, bounds: AlarmBounds) -> str | None:
 def mode_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
     """`monitor/mode_share`, `monitor/modes_lost`: the policy answers in fewer ways than the humans do (than
     the base did, where that had fewer already), or no longer in ways it had."""
-    share, lost = _recent(rows, "monitor/mode_share", 1), _recent(rows, "monitor/modes_lost", 1)
-    if share:
-        began = next(row["monitor/mode_share"] for row in rows if row.get("monitor/mode_share") is not None)
-        bound = bounds.mode_share * min(1.0, began)
-        if share[-1] < bound:
-            return f"effective number of modes is {share[-1]:.2f} of the humans' (bound {bound:.2g})"
+    share, bound = _beside_humans(rows, "monitor/mode_share", bounds.mode_share)
+    lost = _recent(rows, "monitor/modes_lost", 1)
+    if share < bound:
+        return f"effective number of modes is {share:.2f} of the humans' (bound {bound:.2g})"
     if lost:
         least = min(
             float(row["monitor/modes_lost"]) for row in rows if row.get("monitor/modes_lost") is not None
@@ -162,6 +172,22 @@ def mode_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
             return (
                 f"{lost[-1]:.0%} of the human answers lie in modes the policy has lost, at best {least:.0%}"
             )
+    return None
+
+
+def distinct_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/distinct_2_share`: the policy's answers share more of their bigrams than the humans' do."""
+    share, bound = _beside_humans(rows, "monitor/distinct_2_share", bounds.distinct_share)
+    if share < bound:
+        return f"distinct-2 is {share:.2f} of the humans' (bound {bound:.2g})"
+    return None
+
+
+def self_bleu_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/self_bleu_room`: the policy's answers resemble each other more than the humans' do."""
+    share, bound = _beside_humans(rows, "monitor/self_bleu_room", bounds.self_bleu_room)
+    if share < bound:
+        return f"100 - self-BLEU is {share:.2f} of the humans' (bound {bound:.2g})"
     return None
 
 
@@ -235,6 +261,8 @@ CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
         overconfidence,
         truncation,
         mode_collapse,
+        distinct_collapse,
+        self_bleu_collapse,
         repetition,
         length_hacking,
         copying,

@@ -265,7 +265,9 @@ def finished_checkpoint(tmp_path: Path, step: int, **loop: object) -> Path:
 
 
 def test_resume_when_all_is_done(train, tiny_demonstrations, tmp_path):
-    finished_checkpoint(tmp_path, 4)
+    folder = finished_checkpoint(tmp_path, 4).parents[1]
+    assert train(tiny_demonstrations, "--resume")[0] == 0, "evaluation and report are still to be done"
+    (folder / "summary.json").write_text('{"steps": 4}')
     refused(train(tiny_demonstrations, "--resume"), "--resume", "4 of 4 steps", "raise run.steps")
     assert train(tiny_demonstrations, "--resume", "--run.steps=5")[0] == 0
 

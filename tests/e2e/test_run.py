@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,25 @@ def resumed(
 
 
 @pytest.fixture(scope="module")
-def lagging(launch: Launch) -> Finished:
-    return launch("lagging", LAGS, meanwhile=kill_a_rollout_worker)
+def broken_off(launch: Launch) -> Finished:
+    """A run that loses its rollout worker, and is told to stop after its last checkpoint, in the closing
+    evaluation."""
+
+    def stop(process: "subprocess.Popen[str]", folder: Path) -> None:
+        kill_a_rollout_worker(process, folder)
+        last = folder / "checkpoints" / f"step-{int(LAGS['run.steps']):06d}" / "manifest.json"
+        while process.poll() is None and not last.exists():
+            time.sleep(0.05)
+        process.terminate()
+
+    return launch("lagging", LAGS, meanwhile=stop)
+
+
+@pytest.fixture(scope="module")
+def lagging(launch: Launch, broken_off: Finished) -> Finished:
+    """The same run, brought to its end."""
+    assert not (broken_off.folder / "summary.json").exists()
+    return launch("lagging", LAGS, resume=True)
 
 
 def test_a_run_ends_well_and_leaves_no_process_behind(unbroken):
@@ -99,8 +117,9 @@ def test_every_step_is_in_the_metrics(unbroken):
         *(f"policy/{name}" for name in ("entropy", "kl", "grad_norm", "importance_mean")),
         *(f"policy/{name}" for name in ("mismatch_mean", "mismatch_max")),
         *(f"seconds/{name}" for name in ("generate", "score", "learn", "sync")),
-        *("response/length_mean", "response/truncated_rate", "memory_mib/controller"),
-        *("sync/bytes", "sync/wire_s"),
+        *("response/length_mean", "response/truncated_rate"),
+        *(f"memory_mib/{name}" for name in ("controller", "rollout", "scoring")),
+        *("sync/bytes", "sync/wire_s", "rollout/tokens_per_s", "policy/tokens_per_s"),
     }
     for row in rows:
         assert expected <= row.keys()
@@ -112,6 +131,8 @@ def test_every_step_is_in_the_metrics(unbroken):
             "discriminator/margin",
         } <= row.keys()
         assert row["discriminator/steps"] == 2
+        assert all(row[f"{name}/tokens_per_s"] > 0 for name in ("rollout", "policy", "discriminator"))
+        assert row["memory_mib/rollout"] > 1.5 * row["memory_mib/scoring"], "an actor and its engine"
 
 
 def test_evaluations_are_in_the_metrics_of_their_steps(unbroken):
@@ -216,6 +237,14 @@ def test_a_resumed_run_equals_the_unbroken_one(unbroken, interrupted, resumed):
 def is_clock(key: str) -> bool:
     """Fields that measure the machine and not the run."""
     return key == "time" or "seconds" in key or "memory" in key or key.endswith("_s")
+
+
+def test_a_signal_ends_the_closing_evaluation_and_a_resume_does_it(broken_off, lagging):
+    assert broken_off.code == 130, broken_off.output[-3000:]
+    assert broken_off.left == []
+    assert lagging.code == 0, lagging.output[-3000:]
+    assert lagging.metrics == broken_off.metrics, "no step is repeated"
+    assert lagging.summary["steps"] == int(LAGS["run.steps"])
 
 
 def test_lags_stay_in_bounds_and_accounts_balance(lagging):

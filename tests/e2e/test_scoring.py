@@ -75,9 +75,10 @@ def test_every_replica_answers_with_the_named_version_and_the_same_scores(
     handle, _, config, states = service
     for version in (0, 1):
         expected = local_scores(config, tiny_model, states, version)
-        calls = [handle.score.remote(version, [("say cat: ", GROUP)]) for _ in range(12)]
+        calls = [handle.measured_score.remote(version, [("say cat: ", GROUP)]) for _ in range(12)]
         for call in calls:  # both replicas get some, in batches of different sizes
-            [scored] = call.result(timeout_s=60)
+            [scored], memory = call.result(timeout_s=60)
+            assert 50 < memory < 5000, "MiB of a process that has torch and a tiny model"
             for item, scores in zip(scored, expected, strict=True):
                 np.testing.assert_allclose(item["scores"], scores, atol=1e-4)
     first, second = (local_scores(config, tiny_model, states, v)[0][-1] for v in (0, 1))

@@ -9,6 +9,8 @@ from services.watching.alarms import AlarmBounds, Alarms
 HEALTHY = {
     "monitor/mode_share": 0.95,
     "monitor/modes_lost": 0.02,
+    "monitor/distinct_2_share": 0.94,
+    "monitor/self_bleu_room": 0.9,
     "monitor/repetition": 0.1,
     "monitor/repetition_human": 0.05,
     "monitor/length_ratio": 1.05,
@@ -56,6 +58,8 @@ COPYING = {"monitor/copy_rate": 0.55, "monitor/copy_excess": 0.08}
 CASES = [
     ("mode_collapse", [{}, {"monitor/mode_share": 0.5}], 0.1, 6, "0.50 of the humans'"),
     ("mode_collapse", [{}, {}, {"monitor/modes_lost": 0.15}], 0.1, 11, "15% of the human answers"),
+    ("distinct_collapse", [{}, {"monitor/distinct_2_share": 0.4}], 0.1, 6, "0.40 of the humans' (bound"),
+    ("self_bleu_collapse", [{}, {"monitor/self_bleu_room": 0.3}], 0.1, 6, "is 0.30 of the humans'"),
     ("repetition", [{}, {"monitor/repetition": 0.4}], 0.1, 6, "40% of the tokens"),
     ("length_hacking", [{}, {}, {"monitor/length_ratio": 1.5}], 0.5, 11, "1.50 times as long"),
     ("length_hacking", [{}, {}, {"monitor/length_ratio": 0.6}], -0.5, 11, "-0.50 over 10 steps"),
@@ -86,6 +90,10 @@ def test_each_monitor_raises_its_alarm_once(name, evaluations, spearman, step, t
         ([{"monitor/mode_share": 4.9}, {"monitor/mode_share": 1.4}, {"monitor/mode_share": 0.8}], 0.1),
         # A base policy that does not cover the humans yet has lost nothing; it is closing in.
         ([{"monitor/modes_lost": 0.9}, {"monitor/modes_lost": 0.5}, {"monitor/modes_lost": 0.55}], 0.1),
+        # A base that is far less diverse than the humans is no collapse, nor is going on like it.
+        ([{"monitor/distinct_2_share": 0.3}, {"monitor/distinct_2_share": 0.2}], 0.1),
+        ([{"monitor/self_bleu_room": 0.4}, {"monitor/self_bleu_room": 0.25}], 0.1),
+        ([{"monitor/distinct_2_share": 1.6}, {"monitor/distinct_2_share": 0.6}], 0.1),
         ([{}, {"monitor/repetition": 0.5, "monitor/repetition_human": 0.45}], 0.1),
         # Longer while length does not pay, and length pays while it goes towards the humans.
         ([{}, {}, {"monitor/length_ratio": 1.6}], 0.1),

@@ -52,6 +52,7 @@ class Machine:
         self.serving = 0
         self.disc_version = 0
         self.replacements = self.sync_failures = 0
+        self.resident = {"rollout": 300.0, "scoring": 200.0}
         self.learned = 0
         self.events: list[Event] = []
         self.scored: list[tuple[int, int]] = []
@@ -290,6 +291,26 @@ def test_a_failed_generation_is_counted_and_raised(policy_lag):
     accounts = controller.ledger.check()
     assert controller.ledger.failed["generation failed"] >= PROMPTS * SAMPLES
     assert accounts["trained"] == 2 * PROMPTS * SAMPLES
+
+
+@pytest.mark.parametrize("policy_lag", [0, 1])
+def test_tokens_per_second_are_those_of_the_batchs_own_generation(policy_lag):
+    """A batch that was asked for ahead is not waited for; its generation took as long all the same."""
+    machine = Machine(generating=4, learning=9)
+    _, observed = drive(machine, configuration(steps=4, max_policy_lag=policy_lag))
+    tokens = PROMPTS * SAMPLES * 3
+    for step, row in observed.items():
+        assert 0 < row["rollout"]["tokens_per_s"] <= tokens / (4 * TICK), step
+    if policy_lag:
+        waited, took = observed[4]["seconds"]["generate"], tokens / observed[4]["rollout"]["tokens_per_s"]
+        assert waited < took, "nothing was generated ahead"
+
+
+def test_a_row_has_the_memory_of_every_kind_of_process():
+    _, observed = drive(Machine(), configuration(steps=1))
+    memory = observed[1]["memory_mib"]
+    assert memory.pop("controller") > 10
+    assert memory == {"rollout": 300.0, "scoring": 200.0}
 
 
 def stop_after(step: int) -> Callable[[Controller], None]:

@@ -81,6 +81,7 @@ class OneProcess:
         self.published: dict[int, Any] = {}
         self.disc_version = 0
         self.replacements = self.sync_failures = 0
+        self.resident: dict[str, float] = {}
         self._publish(0)
         self.seen: list[pa.Table] = []
 

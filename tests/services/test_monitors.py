@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 from scipy.stats import spearmanr
 
-from services.evaluation import monitors
+from services.evaluation import monitors, text_metrics
 from services.evaluation.config import EvaluationConfig
+from services.watching.alarms import AlarmBounds
 from services.watching.probe_scores import ProbeScores
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ru", "te", "va") for b in ("n", "s", "rt", "ll", "x", "d")]
@@ -141,6 +142,12 @@ def test_text_monitors_of_healthy_collapsed_and_repeating_policies() -> None:
     assert collapsed["mode_share"] < 0.5
     assert collapsed["modes_lost"] >= 0.5
     assert collapsed["distinct_2_share"] < 0.5
+    assert fine["self_bleu_room"] == pytest.approx(1.0, abs=0.1)
+    one = monitors.text_monitors([again[0][0]] * 160, human, [], clusters=8)
+    assert one["self_bleu_room"] == pytest.approx(0.0, abs=1e-9)
+    assert one["distinct_2_share"] < AlarmBounds().distinct_share
+    left = (100 - text_metrics.self_bleu(side) for side in (again[0] * 4 + again[1] * 4, human))
+    assert collapsed["self_bleu_room"] == pytest.approx(next(left) / next(left))
     looping = monitors.text_monitors([f"{text} {text}" for text in healthy], human, human, clusters=8)
     assert looping["repetition"] > 0.95
     assert looping["repetition_human"] < 0.3

@@ -83,7 +83,7 @@ class Learner:
                 self.version = self.version if arguments["version"] is None else arguments["version"]
                 for worker in self.workers:
                     worker.version = self.version
-            return [{"replace": [], "total_s": 0.1}]
+            return [{"replace": [], "total_s": 0.1, "worker_memory_mib": 900.0}]
 
 
 @pytest.fixture
@@ -165,6 +165,7 @@ def test_every_broken_broadcast_is_a_sync_failure(start):
         side = await start(BROKEN, BROKEN)
         first = side.fleet.actors[0]
         assert await side.sync(3) == {"total_s": 0.1}
+        assert side.resident == {"rollout": 900.0}, "it is no time of the sync"
         assert (side.sync_failures, side.replacements) == (2, 2)
         assert side.fleet.created == 4
         assert side.fleet.actors[0] is first

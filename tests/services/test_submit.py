@@ -158,7 +158,7 @@ def test_a_file_outside_the_working_directory_does_not_travel(project, tmp_path)
         (JobEnd("STOPPED", "", None), 130, "was stopped"),
         (JobEnd("FAILED", "long log", 2), 2, "exit code 2"),
         (JobEnd("FAILED", "long log", -9), 137, "exit code 137"),
-        (JobEnd("FAILED", "runtime_env setup failed: no podman", None), 1, "no podman"),
+        (JobEnd("FAILED", "no podman", None), 1, "the job failed without an exit code: no podman"),
     ],
 )
 def test_exit_code_and_reason_are_passed_on(end, code, said):

@@ -41,6 +41,7 @@ class Machine:
         self.splits = load_data(config.data, self.renderer)
         self.likelihoods = likelihoods
         self.weights = self.kept = self.served = 0
+        self.resident = {"rollout": 300.0}
         self.trained: list[pa.Table] = []
         self.served_at: list[tuple[int, int]] = []
 
