@@ -141,8 +141,8 @@ def audit(
         finding = _finding(probe, before, after, canonicalisation, len(raw[1]), config, pairs)
         if finding is not None:
             findings.append(finding)
-    sides = PAIRED_SIDES if pairs else SIDES
-    return AuditReport(tables[0], tables[1], canonicalisation, len(raw[1]), tuple(findings), sides)
+    names = PAIRED_SIDES if pairs else SIDES
+    return AuditReport(tables[0], tables[1], canonicalisation, len(raw[1]), tuple(findings), names)
 
 
 def _finding(
