@@ -10,7 +10,8 @@ for two reasons only:
   must be complete);
 * a cue separates the raw sides, canonicalisation removes it, and canonicalisation is off.
 
-Cues that any policy can learn to produce (length, case, punctuation) are reported, never refused.
+Cues that any policy can learn to produce (length, case, punctuation) are reported, never refused. The two
+sides of preference pairs are reported on only: neither says what the policy can produce.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from discriminator.probes import PROBES, Probe, Response, Separation, separate
 
 Verdict = Literal["refuse", "report"]
 Table = dict[str, Separation]
+SIDES = ("demonstrations", "rollouts")
+PAIRED_SIDES = ("chosen answers", "rejected answers")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class AuditReport:
     canonicalisation: bool
     rollouts: int
     findings: tuple[Finding, ...]
+    sides: tuple[str, str] = SIDES
+    """What the two sides are called."""
 
     @property
     def read(self) -> Table:
@@ -70,16 +75,17 @@ class AuditReport:
 
     def lines(self) -> list[str]:
         """The findings as plain text, refusals first; one line says so when there are none."""
+        first, second = self.sides
         if not self.findings:
-            return [f"shortcut audit: no cue tells demonstrations from {self.rollouts} rollouts"]
+            return [f"shortcut audit: no cue tells {first} from {self.rollouts} {second}"]
         lines = []
         for finding in sorted(self.findings, key=lambda found: (found.verdict != "refuse", -found.accuracy)):
             remedy = f" Remedy: {finding.remedy}." if finding.remedy else ""
             lines += [
                 f"shortcut audit: {finding.verdict}: {finding.cue}: balanced accuracy {finding.accuracy:.3f} "
                 f"[{finding.low:.2f}, {finding.high:.2f}]. {finding.explanation}{remedy}",
-                f"    demonstrations: {'; '.join(finding.demonstrations)}",
-                f"    rollouts: {'; '.join(finding.rollouts)}",
+                f"    {first}: {'; '.join(finding.demonstrations)}",
+                f"    {second}: {'; '.join(finding.rollouts)}",
             ]
         return lines
 
@@ -109,6 +115,7 @@ def audit(
     *,
     canonicalisation: bool,
     config: AuditConfig,
+    pairs: bool = False,
     folds: int = 5,
     seed: int = 0,
 ) -> AuditReport:
@@ -119,6 +126,7 @@ def audit(
         canonical: the same responses through the canonical path (`probes.canonical_responses`).
         canonicalisation: which of the two the discriminator reads.
         config: thresholds.
+        pairs: the sides are the chosen and the rejected answers of preference pairs.
         folds: cross-validation folds, by prompt.
         seed: of the folds.
     """
@@ -130,10 +138,11 @@ def audit(
     findings = []
     for probe in PROBES:
         before, after = (table.get(probe.cue) for table in tables)
-        finding = _finding(probe, before, after, canonicalisation, len(raw[1]), config)
+        finding = _finding(probe, before, after, canonicalisation, len(raw[1]), config, pairs)
         if finding is not None:
             findings.append(finding)
-    return AuditReport(tables[0], tables[1], canonicalisation, len(raw[1]), tuple(findings))
+    names = PAIRED_SIDES if pairs else SIDES
+    return AuditReport(tables[0], tables[1], canonicalisation, len(raw[1]), tuple(findings), names)
 
 
 def _finding(
@@ -143,6 +152,7 @@ def _finding(
     canonicalisation: bool,
     rollouts: int,
     config: AuditConfig,
+    pairs: bool,
 ) -> Finding | None:
     """What to say about one cue; None when neither table names it."""
     read, other = (canonical, raw) if canonicalisation else (raw, canonical)
@@ -152,7 +162,7 @@ def _finding(
     shown = read if named else other
     assert shown is not None
     verdict, explanation, remedy = _judge(
-        probe, shown, named, named_other, canonicalisation, rollouts, config
+        probe, shown, named, named_other, canonicalisation, rollouts, config, pairs
     )
     at = read or shown
     return Finding(
@@ -180,6 +190,7 @@ def _judge(
     canonicalisation: bool,
     rollouts: int,
     config: AuditConfig,
+    pairs: bool,
 ) -> tuple[Verdict, str, str]:
     """Verdict, explanation and remedy of a cue that `shown` names. `named`: on the sides that are read."""
     if not named:
@@ -189,6 +200,12 @@ def _judge(
             else "It separates the canonical sides only, which the discriminator does not read."
         )
         return "report", why, ""
+    if pairs:
+        return (
+            "report",
+            "The reward model can tell the chosen answer by it, and reward it.",
+            "",
+        )
     if probe.reachable:
         how = "discriminator.length_matched = true takes it out" if probe.cue == "length" else ""
         return "report", "Any policy can learn to produce it: it counts as part of the task.", how

@@ -8,14 +8,15 @@ from rollout.config import Section
 
 
 class AuditConfig(Section):
-    """Looks for cues that tell demonstrations from rollouts without reading them, before training and at
-    each evaluation."""
+    """Looks for cues that tell demonstrations from rollouts without reading them, before training (there, of
+    preference pairs, for cues that tell chosen from rejected answers) and at each evaluation."""
 
     enabled: bool = True
     """Off: no base samples are drawn, nothing is looked for, nothing is refused."""
 
     base_samples: Annotated[int, Field(ge=32)] = 2000
-    """Responses of the base model drawn before training. The training demonstrations are cut to as many."""
+    """Responses of the base model drawn before training. The training demonstrations are cut to as many, and
+    so are preference pairs, for which none are drawn."""
 
     absent_from: PositiveInt = 2000
     """The policy cannot produce what none of at least this many base samples shows. With fewer samples such a

@@ -20,7 +20,7 @@ SHIFT_FREE_LOSSES = ("bradley_terry", "wasserstein")
 """Losses that do not change when a constant is added to all scores, so that a score of zero means nothing."""
 
 ANCHORED_FORMS = ("neg_log_one_minus_d", "prob", "log_d")
-"""Reward forms that bend at a score of zero."""
+"""Reward forms, and objectives of Gumbel-Softmax, that bend at a score of zero."""
 
 
 class CanonicalConfig(Section):

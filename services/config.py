@@ -3,6 +3,7 @@
 Nothing here imports torch, Ray or vLLM: a wrong field is reported within the first second.
 """
 
+import copy
 import difflib
 import json
 import os
@@ -13,11 +14,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from discriminator.config import DiscriminatorConfig
+from discriminator.config import ANCHORED_FORMS, SHIFT_FREE_LOSSES, DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
 from services.evaluation.config import EvaluationConfig
-from services.methods import Method, method_problems, with_preset
+from services.methods import PRESETS, Method, method_problems, with_own, with_preset
 
 
 class ConfigError(ValueError):
@@ -40,7 +41,9 @@ class RunSection(Section):
     """Preset for all fields that are not given: `rlgaf` (the defaults), `gad` (Bradley-Terry critic with
     GRPO), or a baseline: `sft` (supervised fine-tuning with early stopping, see learner.sft) or `rlhf` (a
     reward model, trained on data.preferences or else on demonstrations against base samples, then frozen;
-    PPO)."""
+    PPO). A file may say what one method needs otherwise: where this is `rlhf`, what stands under
+    `[method.rlhf.learner]` goes before `[learner]`, and so for every section; the command line goes before
+    both."""
 
     steps: PositiveInt = 100
     """Learner steps in all (a resumed run goes on to this number)."""
@@ -177,6 +180,12 @@ def _gumbel_problems(config: Config) -> list[str]:
             'learner.gumbel: discriminator.body = "encoder" reads another vocabulary than the policy writes; '
             'use "auto" or "causal"'
         )
+    if judge.loss in SHIFT_FREE_LOSSES and gumbel.objective in ANCHORED_FORMS and not judge.score_centring:
+        problems.append(
+            f'learner.gumbel.objective = "{gumbel.objective}" bends at a score of zero, and '
+            f'discriminator.loss = "{judge.loss}" leaves the zero of the scores open; set the objective to '
+            '"logit", or discriminator.score_centring'
+        )
     if gumbel.max_tokens is not None and gumbel.max_tokens > config.sampling.max_tokens:
         problems.append(
             f"learner.gumbel.max_tokens = {gumbel.max_tokens} exceeds sampling.max_tokens = "
@@ -238,6 +247,24 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
         ConfigError: unreadable file, unknown field (with the nearest known one), wrong value or
         contradiction.
     """
+    try:
+        return Config.model_validate(with_preset(given(path, overrides)))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+            message = problem["msg"].removeprefix("Value error, ")
+            value = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
+            lines += [f"{where}: {part}{value}" for part in message.split("; ")]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def given(path: Path | None, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a TOML file and the command line say for their `run.method`, as nested sections, not validated.
+
+    Raises:
+        ConfigError: unreadable file or unknown field.
+    """
     raw: dict[str, Any] = {}
     if path is not None:
         try:
@@ -248,7 +275,17 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for dotted, value in parse_overrides(overrides or []).items():
+    tables = raw.pop("method") if isinstance(raw.get("method"), dict) else {}
+    said = parse_overrides(overrides or [])
+    _override(raw, said)
+    _refuse_unknown(raw, tables, path)
+    raw = with_own(raw, tables)
+    _override(raw, said)  # again: it goes before the method's tables too
+    return raw
+
+
+def _override(raw: dict[str, Any], said: dict[str, Any]) -> None:
+    for dotted, value in said.items():
         node = raw
         *parents, leaf = dotted.split(".")
         for depth, parent in enumerate(parents, start=1):
@@ -261,18 +298,7 @@ def load(path: Path | None, overrides: list[str] | None = None) -> Config:
                     if known is not None
                     else f"unknown field {dotted}: {where} is no section"
                 )
-        node[leaf] = value
-    _refuse_unknown(raw, path)
-    try:
-        return Config.model_validate(with_preset(raw))
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"]) or "configuration"
-            message = problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
-            lines += [f"{where}: {part}{given}" for part in message.split("; ")]
-        raise ConfigError("\n".join(lines)) from None
+        node[leaf] = copy.deepcopy(value)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -318,34 +344,45 @@ def _field(dotted: str) -> FieldInfo | None:
     return section.model_fields.get(leaf) if section is not None else None
 
 
-def _refuse_unknown(raw: dict[str, Any], path: Path | None) -> None:
+def _refuse_unknown(raw: dict[str, Any], tables: dict[str, Any], path: Path | None) -> None:
     known = field_paths()
     problems = []
 
-    def walk(node: dict[str, Any], prefix: str) -> None:
+    def walk(node: dict[str, Any], prefix: str, within: str = "") -> None:
         for name, value in node.items():
             dotted = prefix + name
             if dotted not in known:
-                problems.append(_unknown(dotted, list(known)))
+                problems.append(_unknown(dotted, list(known), within))
             elif known[dotted] is not None and isinstance(value, dict):
-                walk(value, dotted + ".")
+                walk(value, dotted + ".", within)
             elif known[dotted] is not None:
-                problems.append(f"{dotted} is a section; write [{dotted}] and fields below it")
+                where = within + dotted
+                problems.append(f"{where} is a section; write [{where}] and fields below it")
+            elif within and dotted == "run.method":
+                problems.append(f"{within}run.method: the table is already one method's; set run.method")
 
     walk(raw, "")
+    for method, table in tables.items():
+        if method in PRESETS and isinstance(table, dict):
+            walk(table, "", f"method.{method}.")
+        elif method in PRESETS:
+            problems.append(f"method.{method} is no field; write [method.{method}.run] or another section")
+        else:
+            problems.append(f"unknown method {method} in [method.{method}]; there are {', '.join(PRESETS)}")
     if problems:
         raise ConfigError("\n".join(f"{path or 'command line'}: {problem}" for problem in problems))
 
 
-def _unknown(dotted: str, known: list[str]) -> str:
+def _unknown(dotted: str, known: list[str], within: str) -> str:
     leaf = dotted.rsplit(".", 1)[-1]
     same_leaf = [path for path in known if path.rsplit(".", 1)[-1] == leaf]
     close = same_leaf or difflib.get_close_matches(dotted, known, n=2, cutoff=0.6)
     close = close or [
         p for p in known if difflib.SequenceMatcher(None, leaf, p.rsplit(".", 1)[-1]).ratio() > 0.75
     ]
-    hint = f"; did you mean {' or '.join(close[:2])}?" if close else "; `rlgaf config` lists all fields"
-    return f"unknown field {dotted}{hint}"
+    meant = " or ".join(within + path for path in close[:2])
+    hint = f"; did you mean {meant}?" if close else "; `rlgaf config` lists all fields"
+    return f"unknown field {within}{dotted}{hint}"
 
 
 def to_toml(config: Config, *, comments: bool = False) -> str:

@@ -1,11 +1,13 @@
 """Named methods: the settings that turn this system into a published one.
 
 A preset fills in what neither the file nor the command line says; what they say stands. Learning rates belong
-to the model and its size and are in no preset. One file serves all methods: what a method has no use for is
-not read, and `not_read` names it; what contradicts a method is refused (`method_problems`).
+to the model and its size and are in no preset. One file serves all methods: `[method.NAME.…]` holds what one
+of them needs otherwise than the rest; what a method has no use for is not read, and `not_read` names it; what
+contradicts a method is refused (`method_problems`).
 """
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
@@ -77,10 +79,18 @@ UNREAD_BY_SFT = (
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
     """A raw configuration over the preset of its `run.method`; one of an unknown method comes back as it is,
     for the validation to refuse."""
+    return _over(_of_method(PRESETS, raw), raw)
+
+
+def with_own(raw: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """A raw configuration under what its file says for its `run.method` alone; `tables` by method."""
+    return _over(raw, _of_method(tables, raw))
+
+
+def _of_method(by_method: Mapping[Any, dict[str, Any]], raw: dict[str, Any]) -> dict[str, Any]:
     run = raw.get("run", {})
     method = run.get("method", "rlgaf") if isinstance(run, dict) else "rlgaf"
-    preset = next((fields for name, fields in PRESETS.items() if name == method), {})
-    return _over(copy.deepcopy(preset), raw)
+    return copy.deepcopy(next((fields for name, fields in by_method.items() if name == method), {}))
 
 
 def method_title(config: "Config") -> str:
@@ -124,7 +134,8 @@ def method_problems(config: "Config") -> list[str]:
             )
     if config.data.preferences and method != "rlhf":
         problems.append(
-            f'data.preferences is read by run.method = "rlhf" alone, not by "{method}"; leave it out'
+            f'data.preferences is read by run.method = "rlhf" alone, not by "{method}"; leave it out, or '
+            "put it under [method.rlhf.data]"
         )
     if config.data.preferences and method == "rlhf":
         problems += _pair_problems(judge)

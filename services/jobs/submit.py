@@ -13,13 +13,12 @@ import asyncio
 import json
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.config import Config, ConfigError, load, parse_overrides
+from services.config import Config, ConfigError, given, load
 from services.jobs.client import JobClient, JobEnd, LostJob
 from services.jobs.cluster import STOP_WAIT_S
 from services.jobs.working_dir import carried, check_paths
@@ -103,7 +102,7 @@ def prepare(
             raise ConfigError(f"{file} is not among the files that --working-dir {sent.root} sends")
         words = [str(file.absolute().relative_to(sent.root)), *overrides]
     else:
-        settings = _flat(tomllib.loads(file.read_text(encoding="utf-8"))) | parse_overrides(list(overrides))
+        settings = _flat(given(file, list(overrides)))
         words = ["/dev/null", *(f"--{name}={_word(value)}" for name, value in settings.items())]
     return Submission(
         address=address.rstrip("/"),

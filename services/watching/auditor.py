@@ -1,10 +1,11 @@
-"""The shortcut audit of a run: on base samples before training, on the evaluation's responses afterwards.
+"""The shortcut audit of a run: before training on base samples, or on the preference pairs of a reward model;
+on the evaluation's responses afterwards.
 
-Before training it may refuse; later it only reports, because by then the policy's samples are no longer
-the base's. "Raw" are the demonstrations as the data file has them and the ids as sampled. Where
-canonicalisation is off (Unicode or whitespace), the first table holds instead what the discriminator will
-read (re-encoded, cut and ended alike, but not normalised), and the second what it would read with the
-default normalisation.
+On base samples it may refuse; later it only reports, because by then the policy's samples are no longer the
+base's, and on pairs too, because the policy wrote neither side. "Raw" are the demonstrations as the data file
+has them and the ids as sampled. Where canonicalisation is off (Unicode or whitespace), the first table holds
+instead what the discriminator will read (re-encoded, cut and ended alike, but not normalised), and the second
+what it would read with the default normalisation.
 """
 
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from discriminator.audit import AuditReport, audit
 from discriminator.audit_config import AuditConfig
 from discriminator.canonical import Canonicaliser, prepare_demonstrations
 from discriminator.config import CanonicalConfig
-from discriminator.probes import canonical_responses, raw_responses
+from discriminator.probes import Response, canonical_responses, raw_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Sides = tuple[list[Any], list[Any]]
+Sides = tuple[list[Response], list[Response]]
 
 
 class ShortcutRefusal(RuntimeError):
@@ -97,24 +98,39 @@ class Auditor:
         """Audit at an evaluation: the human answers of its split against the policy's responses."""
         return self._audit(demonstrations, samples, self.config.model_copy(update={"refuse": False}))
 
+    def pairs(self, pairs: pa.Table) -> Audited:
+        """Audit preference pairs (prompt_id, prompt_text, chosen, rejected), which are all that their reward
+        model reads."""
+        drawn = self._some(pairs)
+        return self._compare(_written(drawn, "chosen"), _written(drawn, "rejected"), self.config, pairs=True)
+
     def _audit(self, demonstrations: pa.Table, samples: pa.Table, config: AuditConfig) -> Audited:
-        human = self._some(demonstrations).select(["prompt_id", "prompt_text", "response"])
-        human = human.rename_columns(["prompt_id", "prompt_text", "response_text"])
-        own = self._canonical(human, samples, self.canonical)
+        return self._compare(_written(self._some(demonstrations), "response"), samples, config)
+
+    def _compare(
+        self, first: pa.Table, second: pa.Table, config: AuditConfig, *, pairs: bool = False
+    ) -> Audited:
+        own = self._canonical(first, second, self.canonical)
         if self.guarded:
             raw = (
-                raw_responses(human, self.tokenizer, self.end_id),
-                raw_responses(samples, self.tokenizer, self.end_id),
+                raw_responses(first, self.tokenizer, self.end_id),
+                raw_responses(second, self.tokenizer, self.end_id),
             )
             tables = raw, own
         else:
-            tables = own, self._canonical(human, samples, self._default())
-        report = audit(*tables, canonicalisation=self.guarded, config=config, seed=self.seed)
+            tables = own, self._canonical(first, second, self._default())
+        report = audit(*tables, canonicalisation=self.guarded, config=config, pairs=pairs, seed=self.seed)
         return Audited(report.metrics(), report.lines(), report)
 
-    def _canonical(self, human: pa.Table, samples: pa.Table, canonical: Canonicaliser) -> Sides:
-        prepared = prepare_demonstrations(human, self.tokenizer, canonical.config, max_tokens=self.max_tokens)
-        return canonical_responses(prepared, canonical), canonical_responses(samples, canonical)
+    def _canonical(self, first: pa.Table, second: pa.Table, canonical: Canonicaliser) -> Sides:
+        def side(table: pa.Table) -> list[Response]:
+            if "finish_reason" not in table.column_names:  # written, not sampled
+                table = prepare_demonstrations(
+                    table, self.tokenizer, canonical.config, max_tokens=self.max_tokens
+                )
+            return canonical_responses(table, canonical)
+
+        return side(first), side(second)
 
     def _default(self) -> Canonicaliser:
         """The discriminator's path with the default normalisation and its own limits."""
@@ -126,8 +142,14 @@ class Auditor:
         return Canonicaliser(self.canonical.tokenizer, CanonicalConfig(**limits), context=context)
 
     def _some(self, demonstrations: pa.Table) -> pa.Table:
-        """At most as many demonstrations as base samples, drawn by the seed."""
+        """At most as many demonstrations, or pairs, as base samples, drawn by the seed."""
         if demonstrations.num_rows <= self.config.base_samples:
             return demonstrations
         drawn = np.random.default_rng(self.seed).permutation(demonstrations.num_rows)
         return demonstrations.take(np.sort(drawn[: self.config.base_samples]))
+
+
+def _written(table: pa.Table, column: str) -> pa.Table:
+    """The answers of a column of a data file's rows."""
+    chosen = table.select(["prompt_id", "prompt_text", column])
+    return chosen.rename_columns(["prompt_id", "prompt_text", "response_text"])

@@ -40,17 +40,23 @@ class Watch:
             )
 
     async def begin(self, say: Callable[[str], None]) -> None:
-        """Audit the training demonstrations against base samples; the report is the run's `audit.md`.
+        """Audit what the discriminator will learn from: the training demonstrations against base samples, or
+        the preference pairs; the report is the run's `audit.md`.
 
         Raises:
             ShortcutRefusal: the sides differ in something that the policy cannot produce.
         """
         if self._auditor is None:
             return
-        count = self._config.discriminator.audit.base_samples
-        say(f"auditing the demonstrations against {count} base samples")
-        samples = await self._system.base_samples(count)
-        found = await asyncio.to_thread(self._auditor.base, self._system.splits.train, samples)
+        splits = self._system.splits
+        if splits.preferences.num_rows:
+            say("auditing the chosen answers of the preference pairs against the rejected ones")
+            found = await asyncio.to_thread(self._auditor.pairs, splits.preferences)
+        else:
+            count = self._config.discriminator.audit.base_samples
+            say(f"auditing the demonstrations against {count} base samples")
+            samples = await self._system.base_samples(count)
+            found = await asyncio.to_thread(self._auditor.base, splits.train, samples)
         for line in found.notes:
             if not line.startswith(" "):  # examples are in the file
                 say(line)

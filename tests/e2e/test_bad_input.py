@@ -191,6 +191,26 @@ def test_unknown_discriminator_model(train, tiny_demonstrations, tmp_path):
     )
 
 
+def test_a_discriminator_that_cannot_judge_prefixes(train, tiny_demonstrations, altered_model):
+    """What the model is stands in its config.json; the folder need hold no weights."""
+    encoder = altered_model(
+        "config.json", without="model.safetensors", model_type="bert", architectures=["BertModel"]
+    )
+    named = f"--discriminator.model={encoder}"
+    result = train(tiny_demonstrations, named, "--discriminator.level=token")
+    refused(result, "discriminator.model", "altered", "bidirectional", 'discriminator.level = "token"')
+    result = train(tiny_demonstrations, named, "--discriminator.body=causal")
+    refused(result, "altered", 'discriminator.body = "causal"', 'of kind "encoder"')
+    assert train(tiny_demonstrations, named)[0] == 0
+    assert train(tiny_demonstrations, named, "--discriminator.level=token", "--run.method=sft")[0] == 0
+
+
+def test_an_encoder_decoder_is_no_discriminator(train, tiny_demonstrations, altered_model):
+    model = altered_model("config.json", model_type="t5", is_encoder_decoder=True)
+    result = train(tiny_demonstrations, f"--discriminator.model={model}")
+    refused(result, "discriminator.model", "altered", "encoder-decoder")
+
+
 def test_unknown_embedding_model(train, tiny_demonstrations, tmp_path):
     shown = train(tiny_demonstrations, f"--evaluation.embedding_model={tmp_path}/nowhere")
     refused(shown, "evaluation.embedding_model", "nowhere")

@@ -46,7 +46,7 @@ def make_table() -> Callable[..., pa.Table]:
 UNEVEN = [(9, [5, 3, 8, 1]), (4, [7, 7]), (17, [2, 6, 4, 9, 3]), (3, [11]), (6, [1, 2, 3])]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def uneven_table() -> pa.Table:
     """Five groups of unequal prompts, sizes and response lengths."""
     return random_table(UNEVEN)

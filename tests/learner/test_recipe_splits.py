@@ -1,6 +1,9 @@
 """Every estimator and loss gives the same updates whatever the packing, the micro-batches, the ZeRO stage and
 the number of ranks."""
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from two_ranks import run_two_ranks
@@ -64,11 +67,23 @@ def assert_same_updates(actual, expected):
                 assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-5), f"{name} of step {step}"
 
 
+@pytest.fixture(scope="module")
+def unsplit(tiny_model, uneven_table) -> Callable[[str], tuple[dict, list]]:
+    """Weights and metrics of a recipe's two updates by one process in one piece."""
+
+    @cache
+    def of(name: str) -> tuple[dict, list]:
+        learner, metrics = two_updates(tiny_model, uneven_table, **COMMON, **RECIPES[name], **UNSPLIT)
+        return whole_weights(learner), metrics
+
+    return of
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_micro_batches_packing_and_zero_stages_change_nothing(tiny_model, uneven_table, name):
+def test_micro_batches_packing_and_zero_stages_change_nothing(tiny_model, uneven_table, unsplit, name):
     settings = COMMON | RECIPES[name]
-    learner, expected = two_updates(tiny_model, uneven_table, **settings, **UNSPLIT)
-    whole = whole_weights(learner), expected
+    whole = unsplit(name)
+    expected = whole[1]
     if "clip_high" in settings:
         assert max(m["clip_fraction"] for m in expected) > 0, "clipping is part of what is compared"
     if "importance_floor" in settings:
@@ -81,9 +96,22 @@ def test_micro_batches_packing_and_zero_stages_change_nothing(tiny_model, uneven
     assert_same_updates((whole_weights(learner), metrics), whole)
 
 
-def test_two_ranks_change_nothing(tiny_model, uneven_table, tmp_path):
-    """What is whole-sequence, whole-step or stateful at once, under ZeRO-3: GSPO, critic and adaptive KL. The
-    ranks also check that a reload continues exactly."""
+def test_two_ranks_change_nothing(tiny_model, uneven_table, unsplit, tmp_path):
+    """Each recipe, the ZeRO stages taking turns."""
+    recipes = {
+        name: COMMON | recipe | FEW | {"zero_stage": 1 + index % 3}
+        for index, (name, recipe) in enumerate(RECIPES.items())
+    }
+    job = {"model": str(tiny_model), "table": uneven_table, "recipes": recipes}
+    split = run_two_ranks(job, tmp_path, "recipe_worker.py")
+    assert split.keys() == RECIPES.keys()
+    for name, updates in split.items():
+        assert_same_updates(updates, unsplit(name))
+
+
+def test_two_ranks_change_nothing_and_resume_exactly_under_zero_3(tiny_model, uneven_table, tmp_path):
+    """What is whole-sequence, whole-step or stateful at once: GSPO, critic and adaptive KL. The ranks also
+    check that a reload continues exactly."""
     settings = COMMON | RECIPES["gspo with grpo"] | {"advantage": "gae", "kl_target": 0.01, "epochs": 1}
     learner, metrics = two_updates(tiny_model, uneven_table, **settings, **UNSPLIT)
     job = {"model": str(tiny_model), "table": uneven_table, "stages": [3], "settings": settings | FEW}

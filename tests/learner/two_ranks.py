@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 
-def run_two_ranks(job: dict[str, Any], folder: Path, script: str = "zero_worker.py") -> dict[int, Any]:
-    """What `script` makes of `job` (see there for its fields; `out` is filled in), by ZeRO stage."""
+def run_two_ranks(job: dict[str, Any], folder: Path, script: str = "zero_worker.py") -> dict[Any, Any]:
+    """What `script` makes of `job`, by ZeRO stage or name (see there for its fields; `out` is filled in)."""
     torch.save(job | {"out": str(folder / "out.pt")}, folder / "job.pt")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     worker = str(Path(__file__).with_name(script))
@@ -26,5 +26,5 @@ def run_two_ranks(job: dict[str, Any], folder: Path, script: str = "zero_worker.
     ]
     outputs = [process.communicate(timeout=400)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-    results: dict[int, Any] = torch.load(folder / "out.pt", weights_only=False)
+    results: dict[Any, Any] = torch.load(folder / "out.pt", weights_only=False)
     return results

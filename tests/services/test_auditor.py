@@ -1,6 +1,8 @@
 """The audit of a run: refuses before training, reports later, knows whether canonicalisation is on."""
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +12,9 @@ from transformers import AutoTokenizer
 from discriminator.audit_config import AuditConfig
 from discriminator.canonical import Canonicaliser
 from discriminator.config import CanonicalConfig
+from services.config import load
 from services.watching.auditor import Auditor, ShortcutRefusal
+from services.watching.watch import Watch
 
 WORDS = ["the", "cat", "sat", "mat", "and", "dog", "lay", "by", "a", "small", "tool", "reads", "mail", "news"]
 CONFIG = AuditConfig(base_samples=80, absent_from=80)
@@ -78,6 +82,47 @@ def test_what_the_discriminator_never_reads_is_no_reason_to_refuse(tokenizer) ->
     assert not auditor(tokenizer, whitespace="off").base(human, samples).report.findings
     cues = {finding.cue for finding in auditor(tokenizer).base(human, samples).report.findings}
     assert "tokenisation" in cues
+
+
+def pairs(chosen: list[str], rejected: list[str]) -> pa.Table:
+    return pa.table({**prompts(len(chosen)), "chosen": chosen, "rejected": rejected})
+
+
+def test_preference_pairs_are_audited_side_against_side_and_never_refused(tokenizer) -> None:
+    spaced = pairs([f" {text}" for text in sentences(0)], sentences(1))
+    found = auditor(tokenizer, whitespace="off").pairs(spaced)
+    assert not found.report.refused
+    assert found.metrics["outer_whitespace"] == 1.0
+    (finding,) = [finding for finding in found.report.findings if finding.cue == "outer whitespace"]
+    assert "The reward model can tell the chosen answer by it" in finding.explanation
+    assert "    chosen answers: leading ' ' (100%)" in found.notes
+    assert "    rejected answers: none (100%)" in found.notes
+    guarded = auditor(tokenizer).pairs(spaced)
+    assert guarded.metrics["outer_whitespace"] == 0.5
+    assert "canonicalisation removes it" in guarded.report.findings[0].explanation
+    longer = auditor(tokenizer, max_tokens=10).pairs(pairs([f"{t} {t}" for t in sentences(0)], sentences(1)))
+    assert {finding.cue for finding in longer.report.findings} == {"length", "truncation"}, (
+        "cut like rollouts"
+    )
+
+
+def test_a_run_on_pairs_audits_them_and_asks_for_no_base_samples(tokenizer, tiny_model, tmp_path) -> None:
+    """The demonstrations here would be refused, and no discriminator reads them."""
+    config = load(
+        None,
+        [f"--policy.model={tiny_model}", "--data.demonstrations=d", f"--run.output={tmp_path}",
+         "--run.method=rlhf", "--data.preferences=p", "--discriminator.canonical.whitespace=off"],
+    )  # fmt: skip
+    config.folder.mkdir()
+    splits = SimpleNamespace(
+        train=split([f" {text}" for text in sentences(0)]), preferences=pairs(sentences(2), sentences(3))
+    )
+    renderer = SimpleNamespace(tokenizer=tokenizer, end_id=tokenizer.eos_token_id)
+    said: list[str] = []
+    asyncio.run(Watch(config, SimpleNamespace(splits=splits, renderer=renderer)).begin(said.append))
+    assert said[0] == "auditing the chosen answers of the preference pairs against the rejected ones"
+    assert said[1:] == ["shortcut audit: no cue tells chosen answers from 80 rejected answers"]
+    assert said[1] in (config.folder / "audit.md").read_text()
 
 
 def test_demonstrations_are_cut_like_rollouts_and_to_as_many(tokenizer) -> None:

@@ -1,4 +1,6 @@
-"""Method presets: what they set, and that the user's words stand."""
+"""Method presets and a file's own settings for a method: what they set, and that the user's words stand."""
+
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +8,7 @@ from services.config import Config, ConfigError, field_paths, load
 from services.methods import PRESETS, UNREAD_BY_SFT, method_title, not_read
 from services.plan import resource_plan
 
+ROOT = Path(__file__).parents[2]
 NEEDED = ["--policy.model=m", "--data.demonstrations=d.jsonl"]
 
 
@@ -104,6 +107,74 @@ def test_one_file_serves_every_method_and_what_is_not_read_is_named(tmp_path):
     assert not_read(load(file, NEEDED)) == ["learner.sft"]
     assert not_read(load(None, [*NEEDED, "--run.method=sft"])) == []
     assert set(UNREAD_BY_SFT) <= field_paths().keys()
+
+
+OWN = """
+[run]
+method = "gad"
+steps = 5
+[learner]
+lr = 1e-4
+kl_coef = 0.0
+lora = {rank = 8, alpha = 4}
+[method.rlhf.run]
+steps = 7
+[method.rlhf.learner]
+kl_coef = 0.2
+lora = {rank = 2}
+[method.rlhf.data]
+preferences = "pairs.jsonl"
+"""
+
+
+def test_what_a_file_says_for_one_method_goes_before_the_rest_and_after_the_command_line(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(OWN)
+    other, own = load(file, NEEDED), load(file, [*NEEDED, "--run.method=rlhf"])
+    assert (other.run.steps, other.learner.kl_coef, other.learner.lora.rank) == (5, 0.0, 8)
+    assert other.data.preferences == ""
+    assert (own.run.steps, own.learner.kl_coef, own.learner.lr) == (7, 0.2, 1e-4)
+    assert (own.learner.lora.rank, own.learner.lora.alpha) == (2, 4)
+    assert (own.learner.kl_in, method_title(own)) == ("reward", "rlhf")
+    said = ["--run.method=rlhf", "--run.steps=9", "--learner.lora={alpha = 3}"]
+    told = load(file, [*NEEDED, *said])
+    assert (told.run.steps, told.learner.kl_coef) == (9, 0.2)
+    assert (told.learner.lora.rank, told.learner.lora.alpha) == (0, 3), "a section that is given is whole"
+    file.write_text(OWN.replace('"gad"', '"rlhf"'))
+    assert load(file, NEEDED) == own
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[method.rlfh.run]\nsteps = 3", r"unknown method rlfh in \[method\.rlfh\].*rlgaf, gad, sft, rlhf"),
+        ("[method.sft]\nsteps = 3", r"field method\.sft\.steps; did you mean method\.sft\.run\.steps"),
+        ("[method.sft.run]\nstepz = 3", r"method\.sft\.run\.stepz; did you mean method\.sft\.run\.steps"),
+        ("[method.sft]\nrun = 3", r"method\.sft\.run is a section; write \[method\.sft\.run\]"),
+        ("[method]\nsft = 3", r"method\.sft is no field; write \[method\.sft\.run\]"),
+        ("[method.sft.run]\nmethod = 'gad'", r"method\.sft\.run\.method: the table is already one method's"),
+        ("method = 'sft'", r"unknown field method; did you mean run\.method"),
+    ],
+)
+def test_an_unknown_field_for_one_method_is_refused_whatever_the_method(tmp_path, toml, message):
+    file = tmp_path / "run.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigError, match=message):
+        load(file, NEEDED)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_serves_every_method(example, method):
+    config = load(example, [f"--run.method={method}"])
+    sft = config.learner.sft
+    assert sft.check_every * sft.patience < config.run.steps or method != "sft", "it can stop early"
+    if method == "rlhf":
+        assert config.learner.kl_coef >= 0.05
+        assert config.discriminator.warmup_max_steps >= 60
+    if method == "gad":
+        assert config.sampling.group_size == 8
+        assert config.learner.advantage == "grpo"
 
 
 @pytest.mark.parametrize("method", ["rlgaf", "sft", "rlhf"])

@@ -82,6 +82,12 @@ def test_without_a_working_directory_the_settings_travel_in_the_entrypoint(proje
     there = load(Path("/dev/null"), shlex.split(submission.command)[4:])
     assert there == load(project / "run.toml", overrides)
     assert list(there.learner.betas) == [0.8, 0.9]
+    file = project / "run.toml"
+    file.write_text(file.read_text() + "[method.sft.run]\nsteps = 50\n")
+    submission = sent(project, *overrides, "--run.method=sft", working_dir=None)
+    there = load(Path("/dev/null"), shlex.split(submission.command)[4:])
+    assert there == load(file, [*overrides, "--run.method=sft"])
+    assert there.run.steps == 50, "what the file says for one method travels with that method"
 
 
 @pytest.mark.parametrize(
