@@ -168,6 +168,24 @@ def test_a_service_says_what_it_serves() -> None:
     }
 
 
+def test_a_service_sends_requests_to_workers_with_a_serve_proxy_only() -> None:
+    """KubeRay asks a head's proxy itself, and a worker's in a readiness probe of its own only."""
+
+    def paths(manifests: list[Manifest]) -> dict[str, list[tuple[str, int]]]:
+        ray = {name: group["template"]["spec"]["containers"][0] for name, group in groups(manifests)}
+        kinds = ("startupProbe", "readinessProbe", "livenessProbe")
+        asked = {name: [container[kind]["httpGet"] for kind in kinds] for name, container in ray.items()}
+        return {name: [(get["path"], get["port"]) for get in gets] for name, gets in asked.items()}
+
+    gcs, raylet, proxy = (
+        ("/api/gcs_healthz", 8265),
+        ("/api/local_raylet_healthz", 52365),
+        ("/-/healthz", 8000),
+    )
+    assert paths(render(*SERVE)) == {"head": [gcs, gcs, gcs], "cpu": [raylet, proxy, raylet]}
+    assert paths(render(*SMALLEST)) == {"head": [gcs, gcs, gcs], "cpu": [raylet, raylet, raylet]}
+
+
 def test_the_entrypoint_knows_the_runs_folder_and_the_scoring_endpoint() -> None:
     http = (
         "--set",

@@ -259,16 +259,18 @@ spec:
       securityContext:
         {{- include "rlgaf.containerSecurity" $root | nindent 8 }}
       {{- $probe := dict "httpGet" (ternary (dict "path" "/api/gcs_healthz" "port" 8265) (dict "path" "/api/local_raylet_healthz" "port" 52365) $head) }}
+      {{- /* A RayService's requests go to every ready worker; KubeRay adds the look at its Serve proxy only to a readiness probe of its own. */}}
+      {{- $serves := and (eq $v.mode "RayService") (not $head) }}
       startupProbe:
         {{- toYaml $probe | nindent 8 }}
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: 60
       readinessProbe:
-        {{- toYaml $probe | nindent 8 }}
+        {{- toYaml (ternary (dict "httpGet" (dict "path" "/-/healthz" "port" 8000)) $probe $serves) | nindent 8 }}
         periodSeconds: 10
         timeoutSeconds: 5
-        failureThreshold: 6
+        failureThreshold: {{ ternary 1 6 $serves }}
       livenessProbe:
         {{- toYaml $probe | nindent 8 }}
         periodSeconds: 15
