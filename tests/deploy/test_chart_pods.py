@@ -95,15 +95,17 @@ def test_own_pods_talk_on_all_ports_and_every_pod_is_covered() -> None:
         assert selector.items() <= template["metadata"]["labels"].items(), name
 
 
-def test_a_stopped_run_has_time_for_its_checkpoint() -> None:
-    arguments = (*SMALLEST, "--set", "stop.graceSeconds=1000", "--set", "stop.jobWaitSeconds=900")
+@pytest.mark.parametrize(("mode", "of_head"), [("RayJob", "job-head"), ("RayCluster", "head")])
+def test_a_stopped_run_has_time_for_its_checkpoint(mode: str, of_head: str) -> None:
+    arguments = (*SMALLEST, "--set", f"mode={mode}")
+    arguments = (*arguments, "--set", "stop.graceSeconds=1000", "--set", "stop.jobWaitSeconds=900")
     for name, group in groups(render(*arguments)):
         spec = group["template"]["spec"]
         assert spec["terminationGracePeriodSeconds"] == 1000
         (ray,) = spec["containers"]
         assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "900"} in ray["env"]
         hook = ray["lifecycle"]["preStop"]["exec"]["command"]
-        assert hook[1:] == ["/etc/rlgaf/scripts/pre_stop.py", "head" if name == "head" else "worker", "900"]
+        assert hook[1:] == ["/etc/rlgaf/scripts/pre_stop.py", of_head if name == "head" else "worker", "900"]
 
 
 def test_data_is_prepared_once_and_waited_for_everywhere() -> None:

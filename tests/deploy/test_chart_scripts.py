@@ -1,29 +1,17 @@
 """The scripts that the chart mounts: resume or start, what an autoscaler is asked for, waiting, stopping."""
 
-import importlib.util
 import subprocess
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
-from chart import CHART
+from chart import CHART, script
 
 from services.config import Config
 from services.plan import resource_plan
 
 FILES = CHART / "files"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"chart_{name}", FILES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 start, pre_stop = script("start"), script("pre_stop")
 
 
@@ -76,14 +64,14 @@ class _Status:
 
 def test_the_head_stops_each_job_once_and_waits_for_its_end() -> None:
     jobs = Jobs(steps=2)
-    assert pre_stop.wait_for_jobs(jobs, time.monotonic() + 60, stop=True)
+    assert pre_stop.wait_for_jobs(jobs, time.monotonic() + 60, role="head")
     assert jobs.asked == ["a", "b"]
     assert not pre_stop.running(jobs)
 
 
 def test_a_worker_waits_without_stopping_and_gives_up_in_time() -> None:
     jobs = Jobs(steps=2)
-    assert not pre_stop.wait_for_jobs(jobs, time.monotonic(), stop=False)
+    assert not pre_stop.wait_for_jobs(jobs, time.monotonic(), role="worker")
     assert jobs.asked == []
 
 

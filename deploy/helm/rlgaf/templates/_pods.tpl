@@ -279,7 +279,7 @@ spec:
       lifecycle:
         preStop:
           exec:
-            command: [python, /etc/rlgaf/scripts/pre_stop.py, {{ ternary "head" "worker" $head }}, {{ $v.stop.jobWaitSeconds | quote }}]
+            command: [python, /etc/rlgaf/scripts/pre_stop.py, {{ ternary (ternary "job-head" "head" (eq $v.mode "RayJob")) "worker" $head }}, {{ $v.stop.jobWaitSeconds | quote }}]
       volumeMounts:
         {{- include "rlgaf.mounts" $root | nindent 8 }}
         - name: shared-mem
