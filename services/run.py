@@ -125,6 +125,7 @@ class _Run:
         self.rows: list[dict[str, Any]] = []
         self.row: dict[str, Any] = {}
         """Metrics of the step that was just made; written once its evaluation, where one is due, is known."""
+        self.interrupted = False
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
         start = checkpoints.steps()[-1] if resume else 0
@@ -163,7 +164,7 @@ class _Run:
         loop = asyncio.get_running_loop()
         work = asyncio.ensure_future(self._work())
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt, work)
+            loop.add_signal_handler(number, self._interrupt, work, number)
         try:
             return await work
         except asyncio.CancelledError:
@@ -188,7 +189,10 @@ class _Run:
             self.exported.close()
             self.log.close()
 
-    def _interrupt(self, work: "asyncio.Future[int]") -> None:
+    def _interrupt(self, work: "asyncio.Future[int]", number: int) -> None:
+        again, self.interrupted = self.interrupted, True
+        if again and number == signal.SIGTERM:
+            return  # a stopped job on a pod that ends gets it twice, from Ray and from the pod's hook
         if self.controller.stopping or not self.controller.running:
             work.cancel()
             return
