@@ -105,6 +105,26 @@ def test_ray_sees_what_the_containers_have(example: Path) -> None:
         assert int(params["object-store-memory"]) * 4 == int(shm.removesuffix("Gi")) * 2**30 * 3
 
 
+def test_pods_on_one_volume_can_share_its_node(example: Path) -> None:
+    """ReadWriteOnce: the head follows the workers and tolerates what they do; ReadWriteMany: it is free."""
+    manifests = render("-f", str(example))
+    templates = dict(pod_templates(manifests))
+    runs = (yaml.safe_load(example.read_text()).get("storage") or {}).get("runs", {})
+    if runs.get("accessMode", "ReadWriteMany") == "ReadWriteMany":
+        assert "affinity" not in templates["head"]["spec"]
+        return
+    affinity = templates["head"]["spec"]["affinity"]["podAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    (wanted,) = term["labelSelector"]["matchExpressions"]
+    (worker,) = (templates[name] for name in templates if name in wanted["values"])
+    assert term["labelSelector"]["matchLabels"].items() <= worker["metadata"]["labels"].items()
+    assert worker["metadata"]["labels"][wanted["key"]] in wanted["values"]
+    for name in ("head", "test"):
+        assert templates[name]["spec"].get("tolerations") == worker["spec"].get("tolerations"), name
+    assert not any("nodeSelector" in templates[name]["spec"] for name in ("head", "test"))
+
+
 def test_golden(example: Path) -> None:
     """`RLGAF_UPDATE_GOLDEN=1 pytest …` writes the files anew."""
     shown = yaml.safe_dump_all([_readable(m) for m in render("-f", str(example))], width=110, sort_keys=True)

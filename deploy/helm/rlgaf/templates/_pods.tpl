@@ -168,6 +168,23 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* Term of a pod affinity: the node of this release's workers. */}}
+{{- define "rlgaf.besideWorkers" -}}
+topologyKey: kubernetes.io/hostname
+labelSelector:
+  matchLabels:
+    {{- include "rlgaf.selector" . | nindent 4 }}
+  matchExpressions:
+    - key: app.kubernetes.io/component
+      operator: In
+      values: [rollout, learner, discriminator, cpu]
+{{- end -}}
+
+{{/* Whether /runs can be mounted on one node only; the workers, who need its GPUs, choose it. */}}
+{{- define "rlgaf.oneNode" -}}
+{{- if and (ne .Values.storage.runs.accessMode "ReadWriteMany") (gt (int (include "rlgaf.pods" .)) 1) }}yes{{ end -}}
+{{- end -}}
+
 {{/* A Ray pod: rlgaf.pod (dict "root" . "role" "head" "pod" .Values.head) */}}
 {{- define "rlgaf.pod" -}}
 {{- $root := .root -}}{{- $v := .root.Values -}}{{- $pod := .pod -}}{{- $head := eq .role "head" -}}
@@ -208,9 +225,14 @@ spec:
   tolerations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- with $pod.affinity }}
+  {{- if $pod.affinity }}
   affinity:
-    {{- toYaml . | nindent 4 }}
+    {{- toYaml $pod.affinity | nindent 4 }}
+  {{- else if and $head (include "rlgaf.oneNode" $root) }}
+  affinity:
+    podAffinity:
+      requiredDuringSchedulingIgnoredDuringExecution:
+        - {{- include "rlgaf.besideWorkers" $root | nindent 10 }}
   {{- end }}
   {{- if $pod.topologySpreadConstraints }}
   topologySpreadConstraints:
