@@ -164,10 +164,37 @@ def test_a_service_says_what_it_serves() -> None:
                 "name": "rlgaf-scoring",
                 "import_path": "services.serving:app",
                 "route_prefix": "/",
-                "args": {"run": "/runs/demo"},
+                "args": {"run": "/runs/demo", "gpu": False},
             }
         ]
     }
+
+
+def test_the_served_example_has_a_gpu_for_each_replica() -> None:
+    manifests = render("-f", str(CHART / "examples" / "serve.yaml"))
+    (application,) = yaml.safe_load(ray_object(manifests)["spec"]["serveConfigV2"])["applications"]
+    gpus = [
+        group.get("replicas", 1) * int(group["rayStartParams"]["num-gpus"]) for _, group in groups(manifests)
+    ]
+    assert application["args"] == {"run": "/runs/smollm2", "replicas": sum(gpus), "gpu": True}
+
+
+def test_service_args_are_what_the_application_takes() -> None:
+    from services.serving import Arguments
+
+    given = yaml.safe_load((CHART / "values.yaml").read_text())["service"]["args"]
+    assert set(given) == set(Arguments.model_fields)
+    values = {"run": "/runs/demo", "model": "/runs/body", "replicas": 3, "cpus": 1.5, "gpu": True}
+    assert set(values) == set(given)
+    words = [
+        word
+        for name, value in values.items()
+        for word in ("--set-json", f"service.args.{name}={json.dumps(value)}")
+    ]
+    service = ray_object(render(*SERVE, *words, "--set", "workers.cpu.gpus=3"))["spec"]
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    assert application["args"] == values
+    assert Arguments.model_validate(application["args"]).replicas == 3
 
 
 def test_a_service_sends_requests_to_workers_with_a_serve_proxy_only() -> None:
