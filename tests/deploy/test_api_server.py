@@ -2,8 +2,9 @@
 deleting its RayJob, resumed by an upgrade, kept by upgrades, a rollback and the end of the release.
 
 Opt-in: RLGAF_TEST_API_SERVER names a folder with etcd and kube-apiserver (build_api_server.sh makes one),
-RLGAF_KUBERAY_CRDS one with KubeRay's CRDs. KubeRay and the kubelet are played (ray_operator.py, kubelet.py):
-the pods' commands run as they are, in namespaces of this machine, with real Ray, vLLM and DeepSpeed inside.
+RLGAF_KUBERAY_CRDS one with KubeRay's CRDs where its release cannot be downloaded. KubeRay and the kubelet are
+played (ray_operator.py, kubelet.py): the pods' commands run as they are, in namespaces of this machine, with
+real Ray, vLLM and DeepSpeed inside.
 """
 
 import json
