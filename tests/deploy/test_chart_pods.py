@@ -1,6 +1,8 @@
 """What the pods may do, what they can write to, how they end, and what stays the same across upgrades."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +17,9 @@ from chart import (
     pod_templates,
     ray_object,
     render,
+    run_helm,
 )
+from ray_operator import quantity
 
 SERVE = (
     *(
@@ -72,7 +76,7 @@ def test_secrets_come_by_reference_only() -> None:
             if "valueFrom" in entry
         }
         assert given == {
-            "HF_TOKEN": {"name": "hf", "key": "token"},
+            "HF_TOKEN": {"name": "hf", "key": "token", "optional": True},  # open models need none
             "RLGAF_SCORE_TOKEN": {"name": "token", "key": "token"},
             "RLGAF_REWARD_TOKEN": {"name": "reward", "key": "token"},
             "WANDB_API_KEY": {"name": "wandb", "key": "token"},
@@ -117,6 +121,28 @@ def test_data_is_prepared_once_and_waited_for_everywhere() -> None:
     assert steps == {"head": ["prepare-data", "wait-for-data"], "cpu": ["wait-for-data"]}
 
 
+def test_the_quickstart_fits_the_machine_it_names() -> None:
+    """Its pods, those of kind (0.95 CPUs, 0.3 GiB) and KubeRay's operator (0.1 CPUs, 0.5 GiB), by their requests."""
+    example = CHART / "examples" / "kind-cpu.yaml"
+    named = re.match(r"# .* (\d+) CPUs, (\d+) GiB", example.read_text())
+    assert named is not None
+    cpus, memory = 0.95 + 0.1, 0.3 + 0.5
+    for _, template in pod_templates(render("-f", str(example))):
+        spec = template["spec"]
+        asked = [container["resources"]["requests"] for container in spec["containers"]]
+        first = [step["resources"]["requests"] for step in spec.get("initContainers", [])]
+        cpus += max(sum(_cpus(a["cpu"]) for a in asked), *(_cpus(a["cpu"]) for a in first), 0)
+        memory += (
+            max(sum(quantity(a["memory"]) for a in asked), *(quantity(a["memory"]) for a in first), 0) / 2**30
+        )
+    assert 4 < cpus <= int(named[1])
+    assert 14 < memory <= int(named[2])
+
+
+def _cpus(text: str) -> float:
+    return int(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
+
+
 def test_the_autoscaler_alone_gets_rights() -> None:
     manifests = render(*SMALLEST, "--set", "autoscaling.enabled=true", "--set", "workers.cpu.maxReplicas=3")
     accounts = {
@@ -154,6 +180,31 @@ def test_operator_kinds_appear_where_the_operator_is() -> None:
     without = {manifest["kind"] for manifest in render(*SMALLEST, apis=())}
     assert not kinds & without
     assert "PodDisruptionBudget" in without
+
+
+def test_notes_say_when_prometheus_is_kept_out() -> None:
+    def notes(*words: str) -> str:
+        text = run_helm("install", "demo", str(CHART), "--dry-run=client", *SMALLEST, *words)
+        return text.partition("NOTES:")[2]
+
+    warning = "The network policy lets nobody read the metrics"
+    assert warning in notes()
+    for value in (
+        "networkPolicy.monitoringNamespace=m",
+        "networkPolicy.enabled=false",
+        "monitoring.podMonitor.enabled=false",
+    ):
+        assert warning not in notes("--set", value)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_gpu_examples_let_prometheus_in(example: Path) -> None:
+    manifests = render("-f", str(example))
+    if not any(int(group["rayStartParams"]["num-gpus"]) for _, group in groups(manifests)):
+        return
+    rules = one(manifests, "NetworkPolicy")["spec"]["ingress"]
+    (metrics,) = (rule for rule in rules if rule.get("ports") == [{"port": 8080}])
+    assert [set(peer) for peer in metrics["from"]] == [{"namespaceSelector"}]
 
 
 def test_a_service_says_what_it_serves() -> None:

@@ -41,6 +41,9 @@ capabilities:
     secretKeyRef:
       name: {{ $secret.name }}
       key: {{ $secret.key }}
+      {{- if eq (index . 0) "HF_TOKEN" }}
+      optional: true  # open models need none
+      {{- end }}
 {{- end }}
 {{- end }}
 {{- with .Values.secrets.objectStore.name }}
