@@ -14,6 +14,7 @@ from rich.console import Console
 from rollout.data import DataSplits, load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
+from services.autoscaling import bring_up, largest
 from services.checkpoint import Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
@@ -79,9 +80,13 @@ def run(config: Config, *, resume: bool) -> int:
             f"preference pairs: {splits.preferences.num_rows} to train on, "
             f"{splits.heldout_preferences.num_rows} held out"
         )
+    limit = largest() if cluster else None
     with ray_cluster(cluster) as (cpus, gpus):
-        plan = resource_plan(config, gpus=gpus)
-        plan.check(cpus, gpus, "the Ray cluster")
+        plan = resource_plan(config, gpus=limit.gpus if limit else gpus)
+        if limit is not None:
+            bring_up(plan, limit, console.print)
+        else:
+            plan.check(cpus, gpus, "the Ray cluster")
         config = plan.settle(config)
         for line in plan.lines():
             console.print(f"plan: {line}", highlight=False, markup=False)

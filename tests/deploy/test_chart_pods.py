@@ -122,7 +122,7 @@ def test_data_is_prepared_once_and_waited_for_everywhere() -> None:
 
 
 def test_the_quickstart_fits_the_machine_it_names() -> None:
-    """Its pods, those of kind (0.95 CPUs, 0.3 GiB) and KubeRay's operator (0.1 CPUs, 0.5 GiB), by their requests."""
+    """Requests of its pods, of kind's own (0.95 CPUs, 0.3 GiB) and of KubeRay (0.1 CPUs, 0.5 GiB)."""
     example = CHART / "examples" / "kind-cpu.yaml"
     named = re.match(r"# .* (\d+) CPUs, (\d+) GiB", example.read_text())
     assert named is not None
@@ -143,8 +143,10 @@ def _cpus(text: str) -> float:
     return int(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
 
 
-def test_the_autoscaler_alone_gets_rights() -> None:
-    manifests = render(*SMALLEST, "--set", "autoscaling.enabled=true", "--set", "workers.cpu.maxReplicas=3")
+@pytest.mark.parametrize("mode", ["RayJob", "RayCluster"])
+def test_the_autoscaler_alone_gets_rights_and_every_driver_knows_of_it(mode: str) -> None:
+    grows = ("autoscaling.enabled=true", "workers.cpu.maxReplicas=3", f"mode={mode}")
+    manifests = render(*SMALLEST, *(word for value in grows for word in ("--set", value)))
     accounts = {
         name: (
             group["template"]["spec"]["serviceAccountName"],
@@ -156,8 +158,11 @@ def test_the_autoscaler_alone_gets_rights() -> None:
     spec = cluster_spec(manifests)
     assert spec["enableInTreeAutoscaling"] is True
     assert [(g["minReplicas"], g["maxReplicas"]) for g in spec["workerGroupSpecs"]] == [(1, 3)]
-    # 3 pods of 8 CPUs at most: what the entrypoint may ask the autoscaler for.
-    assert "--bring-up 0 24 1800" in ray_object(manifests)["spec"]["entrypoint"]
+    # 3 pods of 8 CPUs at most: what a run may ask the autoscaler for, on whichever node its driver is.
+    for _, group in groups(manifests):
+        assert {"name": "RLGAF_AUTOSCALED", "value": "0 24 1800"} in group["template"]["spec"]["containers"][
+            0
+        ]["env"]
     assert all(manifest["kind"] not in ("Role", "ClusterRole", "RoleBinding") for manifest in manifests)
 
 

@@ -1,4 +1,4 @@
-"""The scripts that the chart mounts: resume or start, what an autoscaler is asked for, waiting, stopping."""
+"""The scripts that the chart mounts: resume or start, waiting, stopping."""
 
 import subprocess
 import time
@@ -8,32 +8,13 @@ from types import SimpleNamespace
 import pytest
 from chart import CHART, script
 
-from services.config import Config
-from services.plan import resource_plan
-
 FILES = CHART / "files"
 start, pre_stop = script("start"), script("pre_stop")
-
-
-def config(folder: Path, **sections: dict[str, object]) -> Config:
-    run = {"name": "demo", "output": str(folder)}
-    given = {"run": run, "policy": {"model": "m"}, "data": {"demonstrations": "d"}} | sections
-    return Config.model_validate(given)
 
 
 def test_the_run_is_started_so_that_it_goes_on_by_itself() -> None:
     line = start.command(Path("/etc/run.toml"), ["--run.steps=7"])
     assert line == ["rlgaf", "train", "/etc/run.toml", "--run.steps=7", "--auto-resume"]
-
-
-def test_the_autoscaler_is_asked_for_each_process_of_the_plan(tmp_path: Path) -> None:
-    sections = {"rollout": {"workers": 3, "tensor_parallel": 2}, "learner": {"ranks": 2}}
-    plan = resource_plan(config(tmp_path, **sections), gpus=16)
-    asked = start.bundles(plan)
-    assert sorted(bundle["GPU"] for bundle in asked) == [1, 1, 1, 1, 2, 2, 2]
-    assert sum(bundle["CPU"] for bundle in asked) == plan.cpus
-    on_cpu = start.bundles(resource_plan(config(tmp_path), gpus=0))
-    assert on_cpu == [{"CPU": 0.5}] * 4
 
 
 class Jobs:

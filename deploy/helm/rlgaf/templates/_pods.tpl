@@ -33,6 +33,10 @@ capabilities:
   value: /home/rlgaf/.cache/vllm
 - name: RAY_JOB_STOP_WAIT_TIME_S
   value: {{ .Values.stop.jobWaitSeconds | quote }}
+{{- if .Values.autoscaling.enabled }}
+- name: RLGAF_AUTOSCALED
+  value: {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}
+{{- end }}
 {{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) (list "WANDB_API_KEY" .Values.secrets.wandb) }}
 {{- $secret := index . 1 }}
 {{- if $secret.name }}
