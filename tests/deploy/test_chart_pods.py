@@ -1,6 +1,8 @@
 """What the pods may do, what they can write to, how they end, and what stays the same across upgrades."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +17,9 @@ from chart import (
     pod_templates,
     ray_object,
     render,
+    run_helm,
 )
+from ray_operator import quantity
 
 SERVE = (
     *(
@@ -72,7 +76,7 @@ def test_secrets_come_by_reference_only() -> None:
             if "valueFrom" in entry
         }
         assert given == {
-            "HF_TOKEN": {"name": "hf", "key": "token"},
+            "HF_TOKEN": {"name": "hf", "key": "token", "optional": True},  # open models need none
             "RLGAF_SCORE_TOKEN": {"name": "token", "key": "token"},
             "RLGAF_REWARD_TOKEN": {"name": "reward", "key": "token"},
             "WANDB_API_KEY": {"name": "wandb", "key": "token"},
@@ -95,15 +99,17 @@ def test_own_pods_talk_on_all_ports_and_every_pod_is_covered() -> None:
         assert selector.items() <= template["metadata"]["labels"].items(), name
 
 
-def test_a_stopped_run_has_time_for_its_checkpoint() -> None:
-    arguments = (*SMALLEST, "--set", "stop.graceSeconds=1000", "--set", "stop.jobWaitSeconds=900")
+@pytest.mark.parametrize(("mode", "of_head"), [("RayJob", "job-head"), ("RayCluster", "head")])
+def test_a_stopped_run_has_time_for_its_checkpoint(mode: str, of_head: str) -> None:
+    arguments = (*SMALLEST, "--set", f"mode={mode}")
+    arguments = (*arguments, "--set", "stop.graceSeconds=1000", "--set", "stop.jobWaitSeconds=900")
     for name, group in groups(render(*arguments)):
         spec = group["template"]["spec"]
         assert spec["terminationGracePeriodSeconds"] == 1000
         (ray,) = spec["containers"]
         assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "900"} in ray["env"]
         hook = ray["lifecycle"]["preStop"]["exec"]["command"]
-        assert hook[1:] == ["/etc/rlgaf/scripts/pre_stop.py", "head" if name == "head" else "worker", "900"]
+        assert hook[1:] == ["/etc/rlgaf/scripts/pre_stop.py", of_head if name == "head" else "worker", "900"]
 
 
 def test_data_is_prepared_once_and_waited_for_everywhere() -> None:
@@ -115,8 +121,32 @@ def test_data_is_prepared_once_and_waited_for_everywhere() -> None:
     assert steps == {"head": ["prepare-data", "wait-for-data"], "cpu": ["wait-for-data"]}
 
 
-def test_the_autoscaler_alone_gets_rights() -> None:
-    manifests = render(*SMALLEST, "--set", "autoscaling.enabled=true", "--set", "workers.cpu.maxReplicas=3")
+def test_the_quickstart_fits_the_machine_it_names() -> None:
+    """Requests of its pods, of kind's own (0.95 CPUs, 0.3 GiB) and of KubeRay (0.1 CPUs, 0.5 GiB)."""
+    example = CHART / "examples" / "kind-cpu.yaml"
+    named = re.match(r"# .* (\d+) CPUs, (\d+) GiB", example.read_text())
+    assert named is not None
+    cpus, memory = 0.95 + 0.1, 0.3 + 0.5
+    for _, template in pod_templates(render("-f", str(example))):
+        spec = template["spec"]
+        asked = [container["resources"]["requests"] for container in spec["containers"]]
+        first = [step["resources"]["requests"] for step in spec.get("initContainers", [])]
+        cpus += max(sum(_cpus(a["cpu"]) for a in asked), *(_cpus(a["cpu"]) for a in first), 0)
+        memory += (
+            max(sum(quantity(a["memory"]) for a in asked), *(quantity(a["memory"]) for a in first), 0) / 2**30
+        )
+    assert 4 < cpus <= int(named[1])
+    assert 14 < memory <= int(named[2])
+
+
+def _cpus(text: str) -> float:
+    return int(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
+
+
+@pytest.mark.parametrize("mode", ["RayJob", "RayCluster"])
+def test_the_autoscaler_alone_gets_rights_and_every_driver_knows_of_it(mode: str) -> None:
+    grows = ("autoscaling.enabled=true", "workers.cpu.maxReplicas=3", f"mode={mode}")
+    manifests = render(*SMALLEST, *(word for value in grows for word in ("--set", value)))
     accounts = {
         name: (
             group["template"]["spec"]["serviceAccountName"],
@@ -128,8 +158,11 @@ def test_the_autoscaler_alone_gets_rights() -> None:
     spec = cluster_spec(manifests)
     assert spec["enableInTreeAutoscaling"] is True
     assert [(g["minReplicas"], g["maxReplicas"]) for g in spec["workerGroupSpecs"]] == [(1, 3)]
-    # 3 pods of 8 CPUs at most: what the entrypoint may ask the autoscaler for.
-    assert "--bring-up 0 24 1800" in ray_object(manifests)["spec"]["entrypoint"]
+    # 3 pods of 8 CPUs at most: what a run may ask the autoscaler for, on whichever node its driver is.
+    for _, group in groups(manifests):
+        assert {"name": "RLGAF_AUTOSCALED", "value": "0 24 1800"} in group["template"]["spec"]["containers"][
+            0
+        ]["env"]
     assert all(manifest["kind"] not in ("Role", "ClusterRole", "RoleBinding") for manifest in manifests)
 
 
@@ -154,6 +187,31 @@ def test_operator_kinds_appear_where_the_operator_is() -> None:
     assert "PodDisruptionBudget" in without
 
 
+def test_notes_say_when_prometheus_is_kept_out() -> None:
+    def notes(*words: str) -> str:
+        text = run_helm("install", "demo", str(CHART), "--dry-run=client", *SMALLEST, *words)
+        return text.partition("NOTES:")[2]
+
+    warning = "The network policy lets nobody read the metrics"
+    assert warning in notes()
+    for value in (
+        "networkPolicy.monitoringNamespace=m",
+        "networkPolicy.enabled=false",
+        "monitoring.podMonitor.enabled=false",
+    ):
+        assert warning not in notes("--set", value)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_gpu_examples_let_prometheus_in(example: Path) -> None:
+    manifests = render("-f", str(example))
+    if not any(int(group["rayStartParams"]["num-gpus"]) for _, group in groups(manifests)):
+        return
+    rules = one(manifests, "NetworkPolicy")["spec"]["ingress"]
+    (metrics,) = (rule for rule in rules if rule.get("ports") == [{"port": 8080}])
+    assert [set(peer) for peer in metrics["from"]] == [{"namespaceSelector"}]
+
+
 def test_a_service_says_what_it_serves() -> None:
     service = ray_object(render(*SERVE))["spec"]
     assert yaml.safe_load(service["serveConfigV2"]) == {
@@ -162,10 +220,55 @@ def test_a_service_says_what_it_serves() -> None:
                 "name": "rlgaf-scoring",
                 "import_path": "services.serving:app",
                 "route_prefix": "/",
-                "args": {"run": "/runs/demo"},
+                "args": {"run": "/runs/demo", "gpu": False},
             }
         ]
     }
+
+
+def test_the_served_example_has_a_gpu_for_each_replica() -> None:
+    manifests = render("-f", str(CHART / "examples" / "serve.yaml"))
+    (application,) = yaml.safe_load(ray_object(manifests)["spec"]["serveConfigV2"])["applications"]
+    gpus = [
+        group.get("replicas", 1) * int(group["rayStartParams"]["num-gpus"]) for _, group in groups(manifests)
+    ]
+    assert application["args"] == {"run": "/runs/smollm2", "replicas": sum(gpus), "gpu": True}
+
+
+def test_service_args_are_what_the_application_takes() -> None:
+    from services.serving import Arguments
+
+    given = yaml.safe_load((CHART / "values.yaml").read_text())["service"]["args"]
+    assert set(given) == set(Arguments.model_fields)
+    values = {"run": "/runs/demo", "model": "/runs/body", "replicas": 3, "cpus": 1.5, "gpu": True}
+    assert set(values) == set(given)
+    words = [
+        word
+        for name, value in values.items()
+        for word in ("--set-json", f"service.args.{name}={json.dumps(value)}")
+    ]
+    service = ray_object(render(*SERVE, *words, "--set", "workers.cpu.gpus=3"))["spec"]
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    assert application["args"] == values
+    assert Arguments.model_validate(application["args"]).replicas == 3
+
+
+def test_a_service_sends_requests_to_workers_with_a_serve_proxy_only() -> None:
+    """KubeRay asks a head's proxy itself, and a worker's in a readiness probe of its own only."""
+
+    def paths(manifests: list[Manifest]) -> dict[str, list[tuple[str, int]]]:
+        ray = {name: group["template"]["spec"]["containers"][0] for name, group in groups(manifests)}
+        kinds = ("startupProbe", "readinessProbe", "livenessProbe")
+        asked = {name: [container[kind]["httpGet"] for kind in kinds] for name, container in ray.items()}
+        return {name: [(get["path"], get["port"]) for get in gets] for name, gets in asked.items()}
+
+    gcs, raylet, proxy = (
+        ("/api/gcs_healthz", 8265),
+        ("/api/local_raylet_healthz", 52365),
+        ("/-/healthz", 8000),
+    )
+    assert paths(render(*SERVE)) == {"head": [gcs, gcs, gcs], "cpu": [raylet, proxy, raylet]}
+    assert paths(render(*SMALLEST)) == {"head": [gcs, gcs, gcs], "cpu": [raylet, raylet, raylet]}
 
 
 def test_the_entrypoint_knows_the_runs_folder_and_the_scoring_endpoint() -> None:

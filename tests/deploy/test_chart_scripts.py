@@ -1,51 +1,20 @@
-"""The scripts that the chart mounts: resume or start, what an autoscaler is asked for, waiting, stopping."""
+"""The scripts that the chart mounts: resume or start, waiting, stopping."""
 
-import importlib.util
 import subprocess
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
-from chart import CHART
-
-from services.config import Config
-from services.plan import resource_plan
+from chart import CHART, script
 
 FILES = CHART / "files"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"chart_{name}", FILES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 start, pre_stop = script("start"), script("pre_stop")
-
-
-def config(folder: Path, **sections: dict[str, object]) -> Config:
-    run = {"name": "demo", "output": str(folder)}
-    given = {"run": run, "policy": {"model": "m"}, "data": {"demonstrations": "d"}} | sections
-    return Config.model_validate(given)
 
 
 def test_the_run_is_started_so_that_it_goes_on_by_itself() -> None:
     line = start.command(Path("/etc/run.toml"), ["--run.steps=7"])
     assert line == ["rlgaf", "train", "/etc/run.toml", "--run.steps=7", "--auto-resume"]
-
-
-def test_the_autoscaler_is_asked_for_each_process_of_the_plan(tmp_path: Path) -> None:
-    sections = {"rollout": {"workers": 3, "tensor_parallel": 2}, "learner": {"ranks": 2}}
-    plan = resource_plan(config(tmp_path, **sections), gpus=16)
-    asked = start.bundles(plan)
-    assert sorted(bundle["GPU"] for bundle in asked) == [1, 1, 1, 1, 2, 2, 2]
-    assert sum(bundle["CPU"] for bundle in asked) == plan.cpus
-    on_cpu = start.bundles(resource_plan(config(tmp_path), gpus=0))
-    assert on_cpu == [{"CPU": 0.5}] * 4
 
 
 class Jobs:
@@ -76,14 +45,14 @@ class _Status:
 
 def test_the_head_stops_each_job_once_and_waits_for_its_end() -> None:
     jobs = Jobs(steps=2)
-    assert pre_stop.wait_for_jobs(jobs, time.monotonic() + 60, stop=True)
+    assert pre_stop.wait_for_jobs(jobs, time.monotonic() + 60, role="head")
     assert jobs.asked == ["a", "b"]
     assert not pre_stop.running(jobs)
 
 
 def test_a_worker_waits_without_stopping_and_gives_up_in_time() -> None:
     jobs = Jobs(steps=2)
-    assert not pre_stop.wait_for_jobs(jobs, time.monotonic(), stop=False)
+    assert not pre_stop.wait_for_jobs(jobs, time.monotonic(), role="worker")
     assert jobs.asked == []
 
 

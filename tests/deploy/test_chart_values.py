@@ -90,6 +90,8 @@ def test_every_value_is_read_by_a_template() -> None:
         ),
         ("run.overrides={steps=3}", "at '/run/overrides/0': 'steps=3' does not match pattern"),
         ("data.waitFor={assets}", "at '/data/waitFor/0': 'assets' does not match pattern"),
+        ("service.args.gpus=1", "at '/service/args': additional properties 'gpus' not allowed"),
+        ("service.args.run=runs/a", "at '/service/args/run': 'runs/a' does not match pattern"),
         ("secrets.scoring=token", "at '/secrets/scoring': got string, want object"),
         (
             "gangScheduling.scheduler=slurm",
@@ -122,7 +124,16 @@ def test_wrong_values_are_refused(wrong: str, message: str) -> None:
             ["scoring.http=true", "secrets.scoring.name=t", "mode=RayCluster"],
             "set discriminator.scoring.http in the run you submit",
         ),
-        (["mode=RayService"], "mode RayService needs service.args"),
+        (["mode=RayService"], "mode RayService needs service.args.run: the folder of the finished run"),
+        (
+            [
+                "mode=RayService",
+                "service.args.run=/runs/a",
+                "service.args.gpu=true",
+                "secrets.scoring.name=t",
+            ],
+            "service.args.gpu gives each replica a GPU, and no worker group has any",
+        ),
         (["mode=RayService", "service.args.run=/runs/a"], "mode RayService needs secrets.scoring.name"),
         (["gangScheduling.queue=a"], "do nothing while gangScheduling.scheduler is none"),
         (["gangScheduling.scheduler=kueue"], "the name of a LocalQueue"),

@@ -120,11 +120,13 @@ def steps_done(folder: Path) -> int:
 
 
 def interrupt_after_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
-    """Ctrl-C as soon as the first step is in the metrics."""
+    """Ctrl-C as soon as the first step is in the metrics; the SIGTERM after it takes no checkpoint away."""
     deadline = time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < deadline:
         if steps_done(folder) > 0:
             process.send_signal(signal.SIGINT)
+            time.sleep(0.2)  # signals that are due at once come in the order of their numbers
+            process.send_signal(signal.SIGTERM)
             return
         time.sleep(0.05)
 

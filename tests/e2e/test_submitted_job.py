@@ -162,3 +162,34 @@ def test_the_cluster_is_used_by_a_plain_rlgaf_train(head, project, tmp_path):
     )
     assert done.returncode == 2
     assert "the Ray cluster has 8" in done.stderr
+
+
+def test_a_run_waits_for_a_cluster_that_grows(head, project):
+    """This one never does: a plan beyond its limit is refused at once, one within it after the wait."""
+    for workers, words in (
+        (99, "the cluster at its largest has 50"),
+        (30, "3 s after it was asked to grow, has 8"),
+    ):
+        variables = {
+            "RAY_ADDRESS": f"127.0.0.1:{head.gcs}",
+            "RAY_AUTH_MODE": "token",
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "services.cli",
+                "train",
+                str(project / "run.toml"),
+                f"--rollout.workers={workers}",
+            ],
+            cwd=project,
+            env=head.variables | variables | {"RLGAF_AUTOSCALED": "0 50 3"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert ("waiting for machines: 8 of" in done.stdout) == (workers == 30)

@@ -1,35 +1,53 @@
 """What a pod does before Kubernetes ends it: let a run write its checkpoint first.
 
-Head: every running job is stopped as `ray job stop` does it (Ray signals a job once, however often it is
-asked; a second signal would make `rlgaf train` give up its checkpoint), and waited for. Worker: wait while
-jobs run, because the ranks on this pod are needed for that checkpoint; the pod serves them meanwhile. Both
-give up after the seconds given, which lie inside the pod's grace period.
+Head: every running job is asked to stop, and waited for. Worker: wait while jobs run, because the ranks on
+this pod are needed for that checkpoint; the pod serves them meanwhile. Both give up after the seconds given,
+which lie inside the pod's grace period.
 
-    pre_stop.py head|worker SECONDS
+    pre_stop.py head|job-head|worker SECONDS
+
+A `head` stops jobs as `ray job stop` does it. A `job-head` is a RayJob's: KubeRay repeats a job that FAILED
+but takes one that was STOPPED for complete, so there the driver itself is told, and ends with code 130.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import time
 from typing import Any
 
-
-def running(client: Any) -> list[str]:
-    """Submission ids of the jobs that have not ended."""
-    return [
-        job.submission_id
-        for job in client.list_jobs()
-        if job.submission_id is not None and not job.status.is_terminal()
-    ]
+DASHBOARD = 8265
 
 
-def wait_for_jobs(client: Any, deadline: float, *, stop: bool) -> bool:
-    """Wait until no job runs, asking each to stop first when `stop`; False when the deadline came first."""
-    if stop:
-        for job in running(client):
-            client.stop_job(job)
-    while running(client):
+def running(client: Any) -> list[Any]:
+    """The submitted jobs that have not ended."""
+    jobs = client.list_jobs()
+    return [job for job in jobs if job.submission_id is not None and not job.status.is_terminal()]
+
+
+def ask_to_stop(client: Any, job: Any, role: str) -> bool:
+    """Ask a job to stop, where `role` does that; False while its driver has yet to join the cluster here."""
+    if role == "head":
+        client.stop_job(job.submission_id)
+    elif role == "job-head":
+        import psutil
+
+        here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+        if job.driver_info is None or job.driver_info.node_ip_address not in here:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.driver_info.pid), signal.SIGTERM)
+    return True
+
+
+def wait_for_jobs(client: Any, deadline: float, *, role: str) -> bool:
+    """Wait until no job runs, a head asking each once to stop; False when the deadline came first."""
+    asked: set[str] = set()
+    while jobs := running(client):
+        fresh = [job for job in jobs if job.submission_id not in asked]
+        asked |= {job.submission_id for job in fresh if ask_to_stop(client, job, role)}
         if time.monotonic() >= deadline:
             return False
         time.sleep(1)
@@ -56,12 +74,14 @@ def head_address() -> str:
 
 def main(role: str, seconds: float) -> None:
     """See the module's docstring."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # KubeRay's variable: it would override the address below
     from ray.job_submission import JobSubmissionClient
 
     try:
-        host = "127.0.0.1" if role == "head" else head_address()
-        client = JobSubmissionClient(f"http://{host}:8265")
-        wait_for_jobs(client, time.monotonic() + seconds, stop=role == "head")
+        host = head_address() if role == "worker" else "127.0.0.1"
+        client = JobSubmissionClient(f"http://{host}:{DASHBOARD}")
+        wait_for_jobs(client, time.monotonic() + seconds, role=role)
     except OSError as error:
         print(f"the head answers no more: {error}", file=sys.stderr)
 

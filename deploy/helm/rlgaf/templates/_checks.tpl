@@ -7,8 +7,11 @@
 {{- if and $v.run.config $v.run.existingConfigMap -}}
 {{- fail "run.config and run.existingConfigMap are both set: keep one" -}}
 {{- end -}}
-{{- if and (eq $v.mode "RayService") (not $v.service.args) -}}
-{{- fail "mode RayService needs service.args: which trained discriminator to serve" -}}
+{{- if and (eq $v.mode "RayService") (not $v.service.args.run) -}}
+{{- fail "mode RayService needs service.args.run: the folder of the finished run whose discriminator to serve, as in /runs/NAME" -}}
+{{- end -}}
+{{- if and (eq $v.mode "RayService") $v.service.args.gpu (eq (int (include "rlgaf.total" (dict "root" . "field" "gpus"))) 0) -}}
+{{- fail "service.args.gpu gives each replica a GPU, and no worker group has any: set gpus and replicas of workers.discriminator" -}}
 {{- end -}}
 {{- if and (eq $v.mode "RayService") (not $v.secrets.scoring.name) -}}
 {{- fail "mode RayService needs secrets.scoring.name: the Secret with the bearer token that callers must send" -}}

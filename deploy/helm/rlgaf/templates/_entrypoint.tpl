@@ -2,7 +2,6 @@
 become a child of the container's first process, `ray start`, which never collects it, and the job would count as running for all of stop.jobWaitSeconds. */}}
 {{- define "rlgaf.entrypoint" -}}
 exec python /etc/rlgaf/scripts/start.py /etc/rlgaf/run/run.toml /etc/rlgaf/run/overrides.json
-{{- if .Values.autoscaling.enabled }} --bring-up {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}{{ end }}
 {{- end -}}
 
 {{/* Overrides of the run's TOML: where runs are written and copied to, the scoring endpoint, and the user's own. */}}

@@ -33,6 +33,10 @@ capabilities:
   value: /home/rlgaf/.cache/vllm
 - name: RAY_JOB_STOP_WAIT_TIME_S
   value: {{ .Values.stop.jobWaitSeconds | quote }}
+{{- if .Values.autoscaling.enabled }}
+- name: RLGAF_AUTOSCALED
+  value: {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}
+{{- end }}
 {{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) (list "WANDB_API_KEY" .Values.secrets.wandb) }}
 {{- $secret := index . 1 }}
 {{- if $secret.name }}
@@ -41,6 +45,9 @@ capabilities:
     secretKeyRef:
       name: {{ $secret.name }}
       key: {{ $secret.key }}
+      {{- if eq (index . 0) "HF_TOKEN" }}
+      optional: true  # open models need none
+      {{- end }}
 {{- end }}
 {{- end }}
 {{- with .Values.secrets.objectStore.name }}
@@ -168,6 +175,23 @@ capabilities:
 {{- end }}
 {{- end -}}
 
+{{/* Term of a pod affinity: the node of this release's workers. */}}
+{{- define "rlgaf.besideWorkers" -}}
+topologyKey: kubernetes.io/hostname
+labelSelector:
+  matchLabels:
+    {{- include "rlgaf.selector" . | nindent 4 }}
+  matchExpressions:
+    - key: app.kubernetes.io/component
+      operator: In
+      values: [rollout, learner, discriminator, cpu]
+{{- end -}}
+
+{{/* Whether /runs can be mounted on one node only; the workers, who need its GPUs, choose it. */}}
+{{- define "rlgaf.oneNode" -}}
+{{- if and (ne .Values.storage.runs.accessMode "ReadWriteMany") (gt (int (include "rlgaf.pods" .)) 1) }}yes{{ end -}}
+{{- end -}}
+
 {{/* A Ray pod: rlgaf.pod (dict "root" . "role" "head" "pod" .Values.head) */}}
 {{- define "rlgaf.pod" -}}
 {{- $root := .root -}}{{- $v := .root.Values -}}{{- $pod := .pod -}}{{- $head := eq .role "head" -}}
@@ -208,9 +232,14 @@ spec:
   tolerations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- with $pod.affinity }}
+  {{- if $pod.affinity }}
   affinity:
-    {{- toYaml . | nindent 4 }}
+    {{- toYaml $pod.affinity | nindent 4 }}
+  {{- else if and $head (include "rlgaf.oneNode" $root) }}
+  affinity:
+    podAffinity:
+      requiredDuringSchedulingIgnoredDuringExecution:
+        - {{- include "rlgaf.besideWorkers" $root | nindent 10 }}
   {{- end }}
   {{- if $pod.topologySpreadConstraints }}
   topologySpreadConstraints:
@@ -259,16 +288,18 @@ spec:
       securityContext:
         {{- include "rlgaf.containerSecurity" $root | nindent 8 }}
       {{- $probe := dict "httpGet" (ternary (dict "path" "/api/gcs_healthz" "port" 8265) (dict "path" "/api/local_raylet_healthz" "port" 52365) $head) }}
+      {{- /* A RayService's requests go to every ready worker; KubeRay adds the look at its Serve proxy only to a readiness probe of its own. */}}
+      {{- $serves := and (eq $v.mode "RayService") (not $head) }}
       startupProbe:
         {{- toYaml $probe | nindent 8 }}
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: 60
       readinessProbe:
-        {{- toYaml $probe | nindent 8 }}
+        {{- toYaml (ternary (dict "httpGet" (dict "path" "/-/healthz" "port" 8000)) $probe $serves) | nindent 8 }}
         periodSeconds: 10
         timeoutSeconds: 5
-        failureThreshold: 6
+        failureThreshold: {{ ternary 1 6 $serves }}
       livenessProbe:
         {{- toYaml $probe | nindent 8 }}
         periodSeconds: 15
@@ -277,7 +308,7 @@ spec:
       lifecycle:
         preStop:
           exec:
-            command: [python, /etc/rlgaf/scripts/pre_stop.py, {{ ternary "head" "worker" $head }}, {{ $v.stop.jobWaitSeconds | quote }}]
+            command: [python, /etc/rlgaf/scripts/pre_stop.py, {{ ternary (ternary "job-head" "head" (eq $v.mode "RayJob")) "worker" $head }}, {{ $v.stop.jobWaitSeconds | quote }}]
       volumeMounts:
         {{- include "rlgaf.mounts" $root | nindent 8 }}
         - name: shared-mem
