@@ -164,9 +164,8 @@ def down(
 
 @app.command()
 def config() -> None:
-    """Print a commented TOML file with every field and its default."""
-    template = Config.model_construct()
-    typer.echo(to_toml(template, comments=True), nl=False)
+    """Print a TOML file with every field, its documentation and its default, to uncomment what is changed."""
+    typer.echo(to_toml(Config.model_construct(), template=True), nl=False)
 
 
 @app.command()

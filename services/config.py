@@ -385,17 +385,19 @@ def _unknown(dotted: str, known: list[str], within: str) -> str:
     return f"unknown field {within}{dotted}{hint}"
 
 
-def to_toml(config: Config, *, comments: bool = False) -> str:
-    """The whole configuration as TOML; with `comments`, each field's documentation stands above it."""
+def to_toml(config: Config, *, template: bool = False) -> str:
+    """The whole configuration as TOML. As a `template`, each field stands behind a `#` with its documentation
+    above it: what a file says goes before a method's preset, and a template is to say nothing.
+    """
     lines: list[str] = []
-    _write_section(config, "", lines, comments)
+    _write_section(config, "", lines, template)
     return "\n".join(lines).strip() + "\n"
 
 
-def _write_section(section: BaseModel, prefix: str, lines: list[str], comments: bool) -> None:
+def _write_section(section: BaseModel, prefix: str, lines: list[str], template: bool) -> None:
     if prefix:
         lines += ["", f"[{prefix}]"]
-    if comments and prefix and section.__doc__:
+    if template and prefix and section.__doc__:
         lines.append(f"# {section.__doc__.strip().splitlines()[0]}")
     nested = []
     for name, field in type(section).model_fields.items():
@@ -403,11 +405,12 @@ def _write_section(section: BaseModel, prefix: str, lines: list[str], comments: 
         if isinstance(value, BaseModel):
             nested.append((name, value))
             continue
-        if comments:
+        if template:
             lines += ["", *(f"# {line}" for line in (field.description or "").splitlines())]
-        lines.append(f"{name} = {_toml_value(value)}" if value is not None else f"# {name} =")
+        said = f"{name} = {_toml_value(value)}" if value is not None else f"# {name} ="
+        lines.append(f"#{said}" if template and value is not None else said)
     for name, value in nested:
-        _write_section(value, f"{prefix}.{name}" if prefix else name, lines, comments)
+        _write_section(value, f"{prefix}.{name}" if prefix else name, lines, template)
 
 
 def _toml_value(value: Any) -> str:
