@@ -67,9 +67,9 @@ class DiscriminatorRank:
         `tokens_per_s`, trained in the seconds of these steps, where there were any, and this rank's memory.
         """
         held = self.trainer.evaluate(ray.get(heldout), ray.get(fresh), step)
-        tables = ray.get([rollouts, demonstrations])
+        fetched, known = ray.get([rollouts, demonstrations])
         began = time.perf_counter()
-        trained = self.trainer.update(*tables, step)
+        trained = self.trainer.update(fetched, known, step)
         if "tokens_trained" in trained:
             trained["tokens_per_s"] = trained["tokens_trained"] / (time.perf_counter() - began)
         self._publish(step + 1)

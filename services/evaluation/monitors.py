@@ -202,7 +202,8 @@ def cycling(scores: NDArray, sides: Sequence[Hashable] | None = None) -> dict[st
 def _self_bleu_room(texts: Sequence[str], seed: int) -> float:
     """What self-BLEU leaves to 100, the value of texts that are all alike: a ratio of it, unlike one of
     self-BLEU, means the same whether the humans' is 10 or 70. One text resembles no other."""
-    return 100.0 - text_metrics.self_bleu(texts, seed=seed) if len(texts) > 1 else 100.0
+    alike = text_metrics.self_bleu(texts, seed=seed) if len(texts) > 1 else 0.0
+    return round(100.0 - alike, 6)  # BLEU of equal texts is 100 up to rounding, and this is divided by
 
 
 def _wilson(share: float, count: int, alpha: float) -> Any:
@@ -217,8 +218,8 @@ def _groups(sides: Sequence[Hashable]) -> list[NDArray[np.int_]]:
 
 
 def _share(part: float, whole: float) -> float:
-    """part / whole; 1 where both are 0, and 0 where only the whole is."""
-    return part / whole if whole else float(part == 0)
+    """part / whole; 1 where the whole is 0, since nothing is missing from it."""
+    return part / whole if whole else 1.0
 
 
 def _stack(human: NDArray, generated: NDArray) -> Any:

@@ -153,6 +153,10 @@ def test_text_monitors_of_healthy_collapsed_and_repeating_policies() -> None:
     assert looping["repetition_human"] < 0.3
     assert looping["length_ratio"] == pytest.approx(2 * fine["length_ratio"])
     assert looping["copy_natural"] == 1.0
+    same = monitors.text_monitors(healthy, [human[0]] * 160, [], clusters=8)
+    assert same["self_bleu_room"] == 1.0, "humans who all say the same leave no room, and nothing to miss"
+    words = monitors.text_monitors(healthy, ["word"] * 160, [], clusters=8)
+    assert words["distinct_2_share"] == 1.0
     empty = monitors.text_monitors([""] * 160, human, [], clusters=8)
     assert all(math.isfinite(value) for value in empty.values())
     rng = np.random.default_rng(0)
