@@ -18,8 +18,13 @@ WATCH_INTERVAL_S = 0.5
 
 def register() -> None:
     """Register engines by name (imported only when used) and start the watch. May be called repeatedly."""
+    import torch
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    if torch.cpu._is_amx_tile_supported():
+        # Linux lets a process use tiles once it has asked. oneDNN asks at its first large product; vLLM's
+        # attention does not, and a small bfloat16 model reaches it first: illegal instruction.
+        torch.cpu._init_amx()
     for name, class_name in (
         ("gloo", "GlooWeightTransferEngine"),
         ("rlgaf_nccl", "CheckedNCCLWeightTransferEngine"),
