@@ -6,11 +6,14 @@ softmax row is empty.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from learner.packing import PROMPT, PackedBatch
 
@@ -42,9 +45,32 @@ def block_mask(batch: PackedBatch) -> BlockMask:
     return create_block_mask(allowed, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=str(group.device))
 
 
+def sdpa_in_float32(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa`, computed in float32 whatever the model's dtype: the backward pass of torch's CPU
+    kernel takes eight times as long in bfloat16, more than all of a small model's matrix products."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    out, _ = sdpa_attention_forward(
+        module, query.float(), key.float(), value.float(), attention_mask, **options
+    )
+    return out.to(query.dtype), None
+
+
+ON_CPU = "rlgaf_sdpa_in_float32"
+AttentionInterface.register(ON_CPU, sdpa_in_float32)
+AttentionMaskInterface.register(ON_CPU, sdpa_mask)
+
+
 def attention_implementation(device: torch.device | str) -> str:
     """What a model that will run packed rows must be loaded with."""
-    return "flex_attention" if torch.device(device).type == "cuda" else "sdpa"
+    return "flex_attention" if torch.device(device).type == "cuda" else ON_CPU
 
 
 def prepare_mask(batch: PackedBatch, implementation: str, dtype: torch.dtype) -> torch.Tensor | BlockMask:
@@ -52,7 +78,7 @@ def prepare_mask(batch: PackedBatch, implementation: str, dtype: torch.dtype) ->
     mask."""
     if implementation == "flex_attention":
         return block_mask(batch)
-    if implementation in ("sdpa", "eager"):
+    if implementation in (ON_CPU, "sdpa", "eager"):
         return dense_mask(batch, dtype)
     raise ValueError(
         f"packed rows run with sdpa, eager or flex_attention, not attn_implementation={implementation!r}"

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from learner.attention import block_mask, dense_mask, longest_packable
+from learner.attention import block_mask, dense_mask, longest_packable, sdpa_in_float32
 from learner.logprobs import ScoredModel
 from learner.packing import filler, make_groups, pack, packed_length, split_for_ranks, unpacked
 from learner.samples import Samples
@@ -175,3 +176,18 @@ def test_sequence_beyond_the_sliding_window_is_refused(uneven_table):
     scored = ScoredModel(model)
     with pytest.raises(ValueError, match="sliding window of 8"):
         scored(pack(groups_of(uneven_table), pack_length=64, micro_batch_tokens=512)[0])
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 0.0), (torch.bfloat16, 0.05)])
+def test_attention_on_the_cpu_is_sdpa_computed_in_float32(dtype, within):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 9, 16).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.zeros(2, 1, 9, 9, dtype=dtype).masked_fill(~torch.ones(9, 9).bool().tril(), -torch.inf)
+    layer = torch.nn.Module()
+    results = []
+    for attend in (sdpa_in_float32, sdpa_attention_forward):
+        out, _ = attend(layer, query, key, value, mask)
+        assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=within, atol=within)
