@@ -22,7 +22,7 @@ from launching import ROOT, START_S, environment
 from services.metric_names import HAPPENED, METRICS
 
 pytestmark = pytest.mark.e2e
-STEPS = 16
+STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ def test_a_run_waits_for_a_cluster_that_grows(head, project):
                 "services.cli",
                 "train",
                 str(project / "run.toml"),
+                "--run.name=grows",
                 f"--rollout.workers={workers}",
             ],
             cwd=project,
