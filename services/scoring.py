@@ -126,9 +126,7 @@ class _Replica:
             raise answer
         return answer
 
-    async def measured_score(
-        self, version: int, groups: list[Group]
-    ) -> tuple[list[list[dict[str, Any]]], float]:
+    async def measured_score(self, version: int, groups: list[Group]) -> tuple[Answer, float]:
         """`score`, and this replica's resident memory in MiB."""
         return await self.score(version, groups), memory_mib()["rss"]
 
