@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from rollout.data import DataError
-from services.config import Config, ConfigError, load, to_toml
+from services.config import Config, ConfigError, load
+from services.config_text import to_toml
 
 app = typer.Typer(
     name="rlgaf",

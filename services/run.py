@@ -16,7 +16,8 @@ from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.autoscaling import bring_up, largest
 from services.checkpoint import Checkpoints, verify
-from services.config import Config, ConfigError, to_toml, with_absolute_paths
+from services.config import Config, ConfigError, with_absolute_paths
+from services.config_text import to_toml
 from services.input_checks import check_data, check_other_models, check_user_functions
 from services.lease import Lease
 from services.methods import method_title, not_read

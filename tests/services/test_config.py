@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from services.config import Config, ConfigError, field_paths, load, parse_overrides, to_toml
+from services.config import Config, ConfigError, field_paths, load, parse_overrides
+from services.config_text import to_toml
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ["--policy.model=m", "--data.demonstrations=d.jsonl"]
