@@ -54,7 +54,9 @@ class RayLoop:
             seed=0,
         )
         ray.get(started)
-        self.rank.connect([self.worker], [1])
+        joined = self.rank.connect([self.worker], [1])
+        if "error" in joined:
+            raise RuntimeError(joined["error"])
 
     def generate(self, number: int) -> pa.Table:
         """This turn's trajectories with a constant reward."""

@@ -80,16 +80,20 @@ class LearnerRank:
         """Go back to the weights that were remembered last."""
         self.kept.restore(self.learner.trainable)
 
-    def connect(self, workers: list[Any], worlds: list[int]) -> None:
+    def connect(self, workers: list[Any], worlds: list[int]) -> dict[str, Any]:
         """Form the weight-transfer group with these rollout workers (actor handle and TP x PP of each); a
-        former group is left.
+        former group is left. Answers like `sync`, without timings.
         """
         refs = [
             WorkerRef(i, handle, world) for i, (handle, world) in enumerate(zip(workers, worlds, strict=True))
         ]
         if self.sender is None:
             self.sender = self._make_sender(refs)
-        self.sender.connect(refs)
+        try:
+            self.sender.connect(refs)
+        except WeightSyncError as error:
+            return _failed(error)
+        return {"replace": []}
 
     def _make_sender(self, workers: list[WorkerRef]) -> "WeightSender":
         # Here, because vLLM takes seconds and 300 MB to import: the controller knows this class too.
@@ -123,7 +127,7 @@ class LearnerRank:
         try:
             return {"replace": [], **self.sender.send(self.version)}
         except WeightSyncError as error:
-            return {"replace": sorted({*error.broken, *error.failures}), "error": str(error)}
+            return _failed(error)
 
     def mean_nll(self, table: "ray.ObjectRef[pa.Table]") -> float:
         """Mean negative log-likelihood, nats per token, of the responses in a table of prompt_ids,
@@ -162,6 +166,10 @@ class LearnerRank:
     def memory(self) -> dict[str, float]:
         """Resident (and CUDA) memory of this rank in MiB."""
         return memory_mib()
+
+
+def _failed(error: WeightSyncError) -> dict[str, Any]:
+    return {"replace": sorted({*error.broken, *error.failures}), "error": str(error)}
 
 
 def _told(metrics: dict[str, float]) -> dict[str, Any]:

@@ -174,12 +174,17 @@ class PolicySide:
     # Weight sync and repair
 
     async def _connect(self) -> None:
-        await self.learner.call(
-            "connect",
-            timeout_s=self.config.rollout.sync_timeout_s + 30,
-            workers=self.fleet.actors,
-            worlds=[info["world_size"] for info in self.fleet.info],
-        )
+        """Join learner and fleet in a transfer group; a worker that does not come is replaced first."""
+        while True:
+            answers = await self.learner.call(
+                "connect",
+                timeout_s=self.config.rollout.sync_timeout_s + 30,
+                workers=self.fleet.actors,
+                worlds=[info["world_size"] for info in self.fleet.info],
+            )
+            if "error" not in answers[0]:
+                return
+            await self._renew(answers[0]["replace"], answers[0]["error"])
 
     async def _sync(self, version: int | None) -> dict[str, float]:
         timeout = 2 * self.config.rollout.sync_timeout_s
@@ -211,6 +216,11 @@ class PolicySide:
                 await self._sync(None)
 
     async def _replace(self, workers: list[int], failure: str) -> None:
+        """New workers in these places, joined with the learner; they hold the base's weights until a sync."""
+        await self._renew(workers, failure)
+        await self._connect()
+
+    async def _renew(self, workers: list[int], failure: str) -> None:
         self.replacements += 1
         if self.replacements > self.config.rollout.max_replacements:
             raise RuntimeError(
@@ -218,7 +228,6 @@ class PolicySide:
                 f"(rollout.max_replacements); the last failure: {failure}"
             )
         await self.fleet.replace(workers)
-        await self._connect()
 
 
 async def up(say: Callable[[str], None], what: str, starting: Awaitable[Any]) -> Any:

@@ -76,6 +76,9 @@ class Learner:
         async with self.turn:
             await asyncio.sleep(0)
             if what == "connect":
+                dead = [i for i, worker in enumerate(arguments["workers"]) if worker.dead]
+                if dead:
+                    return [{"replace": dead, "error": f"workers {dead} do not answer"}]
                 self.workers = list(arguments["workers"])
             if what == "sync" and self.answers:
                 return [dict(self.answers.pop(0))]
@@ -181,6 +184,22 @@ def test_a_worker_that_dies_while_it_generates_is_none(start):
         side.fleet.actors[0].dead = True
         assert versions(await side.generate(REQUESTS, min_version=3)) == [3] * 4
         assert (side.sync_failures, side.replacements, side.fleet.created) == (0, 1, 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_second_worker_that_dies_while_the_first_is_replaced_is_replaced_too(start):
+    async def scenario() -> None:
+        side = await start()
+        await side.sync(3)
+        side.fleet.actors[0].dead = True
+        side.fleet.starts.clear()
+        asked = asyncio.create_task(side.generate(REQUESTS, min_version=3))
+        await settled()
+        side.fleet.actors[1].dead = True
+        side.fleet.starts.set()
+        assert versions(await asked) == [3] * 4
+        assert (side.sync_failures, side.replacements, side.fleet.created) == (0, 2, 4)
 
     asyncio.run(scenario())
 
