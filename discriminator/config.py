@@ -35,11 +35,11 @@ class CanonicalConfig(Section):
     indentation means something (code)."""
 
     max_prompt_tokens: PositiveInt | None = None
-    """Discriminator tokens of a prompt that are read, counted from its end (None: what the context
+    """Discriminator tokens of a prompt that are read, counted from its end (none: what the context
     leaves)."""
 
     max_response_tokens: PositiveInt | None = None
-    """Discriminator tokens of a response that are read; a longer one is judged as cut, on either side (None:
+    """Discriminator tokens of a response that are read; a longer one is judged as cut, on either side (none:
     half of the body's context)."""
 
 
@@ -89,7 +89,7 @@ class RewardConfig(Section):
     (`overlong`)."""
 
     length_slack: PositiveInt | None = None
-    """Tokens below `length_target` over which the `overlong` penalty rises (None: a quarter of the
+    """Tokens below `length_target` over which the `overlong` penalty rises (none: a quarter of the
     target)."""
 
     user_reward: str = ""
@@ -143,7 +143,7 @@ class ScoringConfig(Section):
     """Logical Ray CPUs per replica."""
 
     threads: PositiveInt | None = None
-    """Torch threads per replica (None: the node's cores divided by the replicas)."""
+    """Torch threads per replica (none: the node's cores divided by the replicas)."""
 
     max_batch_groups: PositiveInt = 32
     """Groups scored together at most."""
@@ -200,7 +200,7 @@ class DiscriminatorConfig(OptimizerConfig):
     embeddings. About twice the arithmetic, and attention without the fused kernels."""
 
     spectral_norm: PositiveFloat | None = None
-    """Bound on the spectral norm of the score head, its gain included (None: no bound)."""
+    """Bound on the spectral norm of the score head, its gain included (none: no bound)."""
 
     score_centring: NonNegativeFloat = 0.0
     """Coefficient of the squared mean score of a step (both sides weigh half); costs a first pass."""
@@ -251,7 +251,7 @@ class DiscriminatorConfig(OptimizerConfig):
 
     warmup_patience: PositiveInt | None = None
     """Evaluations without a better held-out accuracy that end the warm-up; the weights of its best one are
-    then restored, whatever ended it (None: only accuracy and steps end it)."""
+    then restored, whatever ended it (none: only accuracy and steps end it)."""
 
     frozen: bool = False
     """Train in the warm-up alone: afterwards the weights, and so the rewards, stay as they are. Turns still

@@ -38,13 +38,13 @@ class OptimizerConfig(Section):
     """What is sharded over the ranks: 1 optimizer states, 2 and gradients, 3 and weights."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA when the process sees a GPU."""
+    """`auto` takes CUDA when the cluster has GPUs."""
 
     cpus_per_rank: PositiveFloat = 0.5
     """Logical Ray CPUs per rank."""
 
     threads: PositiveInt | None = None
-    """Compute threads per CPU rank (None: the node's cores divided by the ranks)."""
+    """Compute threads per CPU rank (none: the node's cores divided by the ranks)."""
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the arithmetic. `auto`: the model's dtype on GPUs and on CPUs with AVX-512, else float32,
@@ -67,7 +67,8 @@ class OptimizerConfig(Section):
     """Shape of the learning rate after warm-up; linear and cosine end at zero after `schedule_steps`."""
 
     schedule_steps: PositiveInt | None = None
-    """Optimizer updates until a linear or cosine schedule ends (None: the run's own number of updates)."""
+    """Optimizer updates until a linear or cosine schedule ends (none: the run's own number of updates, the
+    discriminator's with all that its warm-up may take)."""
 
     warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises linearly from zero."""
@@ -104,7 +105,7 @@ class CriticConfig(Section):
     """Peak learning rate; its schedule is the policy's."""
 
     clip: PositiveFloat | None = 0.2
-    """A value that has moved further than this from its value at the step's start earns nothing more (None:
+    """A value that has moved further than this from its value at the step's start earns nothing more (none:
     no clipping)."""
 
 
@@ -123,7 +124,7 @@ class SupervisedConfig(Section):
 
 class GumbelConfig(Section):
     """The Gumbel-Softmax update: the judge's gradient flows into the policy through straight-through samples
-    that the learner draws; see `learner.gumbel`."""
+    that the learner draws; see learner/gumbel.py."""
 
     weight: NonNegativeFloat = 0.0
     """Weight of its objective in the loss; 0 switches it off, and nothing below is read."""
@@ -140,7 +141,7 @@ class GumbelConfig(Section):
     """Responses drawn for each prompt of a step."""
 
     max_tokens: PositiveInt | None = None
-    """Most tokens of a drawn response, its end token included (None: sampling.max_tokens)."""
+    """Most tokens of a drawn response, its end token included (none: sampling.max_tokens)."""
 
     schedule: Literal["constant", "linear", "exponential"] = "exponential"
     """How the temperature goes from `tau_start` to `tau_end`: not at all, by equal differences or by equal
@@ -153,7 +154,7 @@ class GumbelConfig(Section):
     """Temperature after `tau_steps`. Low: gradients vanish for all but close races."""
 
     tau_steps: PositiveInt | None = None
-    """Steps until `tau_end` (None: the run's)."""
+    """Steps until `tau_end` (none: the run's)."""
 
 
 class LearnerConfig(OptimizerConfig):
@@ -191,7 +192,7 @@ class LearnerConfig(OptimizerConfig):
     """ppo_clip, gspo: ratios above 1 + clip_high earn nothing more; above clip_low it is "clip-higher"."""
 
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """ppo_clip: bound on the ratio of tokens with a negative advantage (3 in the paper; None: no bound)."""
+    """ppo_clip: bound on the ratio of tokens with a negative advantage (3 in the paper; none: no bound)."""
 
     advantage: Advantage = "return"
     """Estimator: `return` (discounted return minus `baseline`), `rloo` (minus the mean of the group's
@@ -200,7 +201,7 @@ class LearnerConfig(OptimizerConfig):
     critic)."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Discount of later tokens' rewards in a token's return (None: 1 with sequence-level rewards, .25 per
+    """Discount of later tokens' rewards in a token's return (none: 1 with sequence-level rewards, .25 per
     token).
     """
 
@@ -218,7 +219,7 @@ class LearnerConfig(OptimizerConfig):
     have no `policy/kl`."""
 
     kl_target: PositiveFloat | None = None
-    """Adapt `kl_coef` after each step so that the KL, in nats per token, comes to this (None: fixed)."""
+    """Adapt `kl_coef` after each step so that the KL, in nats per token, comes to this (none: fixed)."""
 
     kl_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
     """With kl_target: the coefficient changes by at most a fifth of this share in one step."""
@@ -237,7 +238,7 @@ class LearnerConfig(OptimizerConfig):
     it, or below `importance_floor` and above `importance_cap` the token is left out of the policy loss."""
 
     importance_cap: PositiveFloat | None = 2.0
-    """Upper bound of importance weights (None: no correction)."""
+    """Upper bound of importance weights (none: no correction)."""
 
     importance_floor: NonNegativeFloat = 0.0
     """masked: lower bound of importance weights."""
@@ -247,7 +248,7 @@ class LearnerConfig(OptimizerConfig):
     sequences of each sequence's sum, divided by `constant_length` whatever its length."""
 
     constant_length: PositiveInt | None = None
-    """normalise = "constant": the length that every sequence counts for (None: the run's longest
+    """normalise = "constant": the length that every sequence counts for (none: the run's longest
     response)."""
 
     critic: CriticConfig = CriticConfig()

@@ -2,17 +2,32 @@
 workers.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
     """Base of every configuration section: unknown fields are refused, attribute docstrings document the
-    fields.
+    fields, and "none" empties a field that may be empty, since TOML has no null.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _emptied(cls, said: Any) -> Any:
+        if not isinstance(said, dict):
+            return said
+        return {
+            name: None if value == "none" and _may_be_empty(cls, name) else value
+            for name, value in said.items()
+        }
+
+
+def _may_be_empty(section: type[BaseModel], name: str) -> bool:
+    field = section.model_fields.get(name)
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 class DataConfig(Section):
@@ -72,7 +87,7 @@ class DataConfig(Section):
     """Seed of the split; the same seed and prompts give the same four splits."""
 
     max_demonstrations: PositiveInt | None = None
-    """Use at most this many training demonstrations (None: all). Evaluation splits stay as they are."""
+    """Use at most this many training demonstrations (none: all). Evaluation splits stay as they are."""
 
     @model_validator(mode="after")
     def _fractions_leave_training_data(self) -> "DataConfig":
@@ -160,10 +175,10 @@ class RolloutConfig(Section):
     """Logical Ray CPUs per worker."""
 
     threads: PositiveInt | None = None
-    """OMP threads per CPU worker (None: the node's cores divided by the workers)."""
+    """OMP threads per CPU worker (none: the node's cores divided by the workers)."""
 
     max_model_len: PositiveInt | None = None
-    """Longest prompt plus response (None: data.max_prompt_tokens + sampling.max_tokens)."""
+    """Longest prompt plus response (none: data.max_prompt_tokens + sampling.max_tokens)."""
 
     max_num_seqs: PositiveInt = 256
     """Sequences decoded together in one worker."""
@@ -175,7 +190,7 @@ class RolloutConfig(Section):
     """KV cache of a CPU worker in GiB."""
 
     enforce_eager: bool | None = None
-    """Skip graph capture (None: on CPU yes, on GPU no)."""
+    """Skip graph capture (none: on CPU yes, on GPU no)."""
 
     start_timeout_s: PositiveFloat = 300.0
     """Deadline for a worker to come up."""
@@ -191,7 +206,8 @@ class RolloutConfig(Section):
     """Size of a packed bucket on the wire."""
 
     max_replacements: NonNegativeInt = 3
-    """Rollout workers that may die or break and be replaced in one run before it stops."""
+    """Times that failed rollout workers are replaced before the run stops; those that fail together count
+    once, and a resumed run counts anew."""
 
     logprob_alarm: PositiveFloat = 0.1
     """Alarm when the mean |log-prob difference| between sampler and learner exceeds this."""

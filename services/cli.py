@@ -13,6 +13,7 @@ import typer
 from rollout.data import DataError
 from services.config import Config, ConfigError, load
 from services.config_text import to_toml
+from services.export import EXPORTED_CONFIG
 
 app = typer.Typer(
     name="rlgaf",
@@ -88,7 +89,12 @@ def submit(
     ] = None,
     image: Annotated[str, typer.Option(help="Container image to run in (Ray starts it with podman)")] = "",
     resume: Annotated[
-        bool, typer.Option(help="Go on from the run's newest checkpoint where there is one, else begin")
+        bool,
+        typer.Option(
+            "--auto-resume",
+            "--resume",
+            help="Go on from the run's newest checkpoint where there is one, else begin",
+        ),
     ] = False,
     driver_cpus: Annotated[
         float, typer.Option(min=0, help="CPUs to reserve for the driver, beyond the plan's; 0: the head node")
@@ -188,6 +194,8 @@ def assets(
     from services.assets.catalogue import ASSETS, AssetError, fetch
 
     if not name:
+        for example, parts in EXAMPLE_ASSETS.items():
+            typer.echo(f"{example:<18} all that the example needs: {', '.join(parts)}")
         for known, asset in ASSETS.items():
             typer.echo(f"{known:<18} {asset.what}")
         return
@@ -256,16 +264,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist")],
     which: Annotated[str, typer.Option(help="best or last")] = "best",
 ) -> None:
-    """Copy a run's best or last model out as a plain Hugging Face folder."""
+    """Copy a run's best or last model out as a plain Hugging Face folder, the run's configuration with it."""
     from services.export import export_model
 
     typer.echo(export_model(run, out, which))
 
 
 def _config_of_run(model: str) -> Path | None:
-    """The configuration of the run that a model folder belongs to: it knows prompt format and end token."""
-    config = Path(model).absolute().parent / "config.toml"
-    return config if config.is_file() else None
+    """The configuration of the run that a model comes from: it knows prompt format and end token. It lies in
+    the run's folder beside the model, or in an exported one."""
+    folder = Path(model).absolute()
+    there = (folder / EXPORTED_CONFIG, folder.parent / "config.toml")
+    return next((config for config in there if config.is_file()), None)
 
 
 def main() -> None:

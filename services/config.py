@@ -37,11 +37,11 @@ class RunSection(Section):
     """Seed of everything that is drawn."""
 
     method: Method = "rlgaf"
-    """Preset for all fields that are not given: `rlgaf` (the defaults), `gad` (Bradley-Terry critic with
-    GRPO), or a baseline: `sft` (supervised fine-tuning with early stopping, see learner.sft) or `rlhf` (a
-    reward model, trained on data.preferences or else on demonstrations against base samples, then frozen;
+    """Preset for all fields that are not given: `rlgaf` (the defaults), `gad` (Bradley-Terry discriminator
+    with GRPO), or a baseline: `sft` (supervised fine-tuning with early stopping, see learner.sft) or `rlhf`
+    (a reward model, trained on data.preferences or else on demonstrations against base samples, then frozen;
     PPO). A file may say what one method needs otherwise: where this is `rlhf`, what stands under
-    `[method.rlhf.learner]` goes before `[learner]`, and so for every section; the command line goes before
+    `[method.rlhf.learner]` overrides `[learner]`, and so for every section; the command line overrides
     both."""
 
     steps: PositiveInt = 100
@@ -156,6 +156,13 @@ class Config(Section):
         if self.learner.gamma is not None:
             return self.learner.gamma
         return 1.0 if self.discriminator.level == "sequence" else 0.25
+
+    @property
+    def discriminator_updates(self) -> int:
+        """Most updates of the discriminator, warm-up included."""
+        judge = self.discriminator
+        trained_along = 0 if judge.frozen else self.run.steps * judge.steps_per_policy_step
+        return judge.warmup_max_steps + trained_along
 
     @property
     def max_model_len(self) -> int:
@@ -279,7 +286,7 @@ def given(path: Path | None, overrides: list[str] | None = None) -> dict[str, An
     _override(raw, said)
     _refuse_unknown(raw, tables, path)
     raw = with_own(raw, tables)
-    _override(raw, said)  # again: it goes before the method's tables too
+    _override(raw, said)  # again: it overrides the method's tables too
     return raw
 
 
@@ -303,8 +310,7 @@ def _override(raw: dict[str, Any], said: dict[str, Any]) -> None:
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`["--a.b", "1", "--c.d=x"]` → `{"a.b": 1, "c.d": "x"}`; values are TOML, or else plain strings.
 
-    A text field takes a bare word as it stands (`--run.name 2024`), and `none` clears a field that may be
-    empty.
+    A text field takes a bare word as it stands (`--run.name 2024`).
 
     Raises:
         ConfigError: a word that is no override, or an override without value.
@@ -328,8 +334,6 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 def _override_value(dotted: str, text: str) -> Any:
     field = _field(dotted)
     annotation = field.annotation if field is not None else None
-    if text == "none" and type(None) in get_args(annotation):
-        return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

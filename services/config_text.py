@@ -1,14 +1,16 @@
 """A configuration as TOML text: a run's own, and the template that `rlgaf config` prints."""
 
 import json
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 def to_toml(config: BaseModel, *, template: bool = False) -> str:
     """The whole configuration as TOML. As a `template`, each field stands behind a `#` with its documentation
-    above it: what a file says goes before a method's preset, and a template is to say nothing.
+    above it: what a file says overrides a method's preset, and a template is to say nothing.
     """
     lines: list[str] = []
     _write_section(config, "", lines, template)
@@ -19,7 +21,7 @@ def _write_section(section: BaseModel, prefix: str, lines: list[str], template: 
     if prefix:
         lines += ["", f"[{prefix}]"]
     if template and prefix and section.__doc__:
-        lines.append(f"# {section.__doc__.strip().splitlines()[0]}")
+        lines += _comment(section.__doc__.split("\n\n")[0])
     nested = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -27,14 +29,36 @@ def _write_section(section: BaseModel, prefix: str, lines: list[str], template: 
             nested.append((name, value))
             continue
         if template:
-            lines += ["", *(f"# {line}" for line in (field.description or "").splitlines())]
-        said = f"{name} = {_toml_value(value)}" if value is not None else f"# {name} ="
-        lines.append(f"#{said}" if template and value is not None else said)
+            lines += ["", *_comment(field.description or ""), *_comment(_values(field))]
+        said = f"{name} = {_toml_value(value)}"
+        lines.append(f"#{said}" if template else said)
     for name, value in nested:
         _write_section(value, f"{prefix}.{name}" if prefix else name, lines, template)
 
 
+def _comment(text: str) -> list[str]:
+    return [f"# {line.strip()}" for line in text.strip().splitlines()]
+
+
+def _values(field: FieldInfo) -> str:
+    """Which values a field can have: its options, where the documentation does not name them all, and bounds
+    with an upper one."""
+    options = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if any(f"`{option}`" not in (field.description or "") for option in options):
+        return f"One of {', '.join(map(_toml_value, options))}."
+    limits = {type(limit): limit for limit in field.metadata}
+    if not {Le, Lt} & limits.keys():
+        return ""
+    words = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
+    said = [
+        f"{word} {getattr(limits[kind], name):g}" for kind, (word, name) in words.items() if kind in limits
+    ]
+    return f"{', '.join(said)}.".capitalize()
+
+
 def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -5,9 +5,13 @@ from pathlib import Path
 
 from services.config import ConfigError
 
+EXPORTED_CONFIG = "rlgaf.toml"
+"""The run's configuration in an exported model's folder."""
+
 
 def export_model(run: Path, out: Path, which: str) -> Path:
-    """Copy `run`/`which` (best or last) to `out`, a folder that must not exist yet; returns `out`.
+    """Copy `run`/`which` (best or last), and the run's configuration as `rlgaf.toml`, to `out`, a folder that
+    must not exist yet; returns `out`.
 
     Raises:
         ConfigError: no such run or model, or `out` exists.
@@ -23,5 +27,6 @@ def export_model(run: Path, out: Path, which: str) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial)
+    shutil.copy(run / "config.toml", partial / EXPORTED_CONFIG)
     partial.rename(out)
     return out

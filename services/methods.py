@@ -21,8 +21,8 @@ Method = Literal["rlgaf", "gad", "sft", "rlhf"]
 PRESETS: dict[Method, dict[str, Any]] = {
     # The defaults of every field.
     "rlgaf": {},
-    # Generative adversarial distillation (arXiv 2511.10643): a sequence-level Bradley-Terry critic whose raw
-    # score is the reward, GRPO over eight answers, a small KL.
+    # Generative adversarial distillation (arXiv 2511.10643): a sequence-level Bradley-Terry discriminator
+    # whose raw score is the reward, GRPO over eight answers, a small KL.
     "gad": {
         "sampling": {"group_size": 8},
         "learner": {"advantage": "grpo", "loss": "ppo_clip", "kl_coef": 1e-3, "kl_estimator": "k3"},

@@ -251,7 +251,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rlgaf_sync_deadline_seconds",
         "gauge",
-        "Deadline of each call of a sync",
+        "Deadline of one sync",
         setting="rollout.sync_timeout_s",
     ),
     Metric("rlgaf_sync_bytes", "gauge", "Bytes sent to each worker in the last sync", key="sync/bytes"),

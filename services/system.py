@@ -93,11 +93,10 @@ class System(PolicySide):
 
     def _discriminator_config(self) -> dict[str, Any]:
         config = self.config
-        updates = config.discriminator.warmup_max_steps if config.discriminator.frozen else config.run.steps
         settled = {
             "threads": self.plan.role("discriminator").threads,
             "device": self.plan.devices["discriminator"],
-            "schedule_steps": config.discriminator.schedule_steps or updates,
+            "schedule_steps": config.discriminator.schedule_steps or config.discriminator_updates,
         }
         judge = config.discriminator.model_copy(update=settled)
         return {

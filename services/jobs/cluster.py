@@ -80,7 +80,7 @@ class LocalCluster:
             f"token        {'required; ' + token_source() if self.token else 'none'}",
             "",
             f"train here:  {token}RAY_ADDRESS={self.host}:{self.ports.gcs} rlgaf train run.toml",
-            f"or as a job: rlgaf submit run.toml --address {address} --working-dir .",
+            f"or as a job: rlgaf submit run.toml --address {address} --working-dir . --run.output $PWD/runs",
             f"end it:      rlgaf down --port {self.ports.gcs}",
         ]
 

@@ -209,7 +209,7 @@ def _ended(end: JobEnd, say: Callable[[str], None]) -> int:
     if end.status == "SUCCEEDED":
         return 0
     if end.status == "STOPPED":
-        say("the job was stopped; `rlgaf submit … --resume` goes on from its newest checkpoint")
+        say("the job was stopped; `rlgaf submit … --auto-resume` goes on from its newest checkpoint")
         return INTERRUPTED
     if end.exit_code is None:
         say(f"the job failed without an exit code: {end.message}")

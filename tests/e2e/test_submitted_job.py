@@ -126,7 +126,7 @@ def test_train_stop_with_control_c_resubmit_and_resume(head, project, tmp_path):
         time.sleep(0.5)
 
     second = tmp_path / "second.log"  # while it runs, nobody else may write into its folder
-    assert head.submit(*words, "--resume", log=second).wait(timeout=120) == 2
+    assert head.submit(*words, "--auto-resume", log=second).wait(timeout=120) == 2
     assert "writes to" in second.read_text()
 
     process.send_signal(signal.SIGINT)

@@ -1,7 +1,7 @@
 """The `rlgaf` command: exit codes, help, and arguments that reach the configuration."""
 
 import json
-import shlex
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,10 +54,10 @@ def test_overrides_of_every_kind_reach_the_configuration(monkeypatch, capsys, ru
         assert line in shown.splitlines()
 
 
-def test_the_readmes_example_trains_adapters_and_reaches_the_configuration():
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
-    (example,) = [line for line in lines if "--policy.model" in line]
-    config = load(None, shlex.split(example)[3:])
+def test_the_readmes_example_trains_adapters_and_is_a_configuration(tmp_path):
+    (example,) = re.findall(r"<<'EOF'\n(.*?)\nEOF\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "run.toml").write_text(example)
+    config = load(tmp_path / "run.toml")
     assert config.data.demonstrations == "answers.jsonl"
     assert config.learner.lora.rank > 0
     assert config.discriminator.lora.rank > 0

@@ -168,6 +168,30 @@ def test_an_override_can_be_none(tmp_path):
     )
 
 
+@pytest.mark.parametrize("said", ["none", '"none"'])
+def test_what_is_emptied_stays_empty_in_the_runs_own_file(tmp_path, said):
+    """Also where the default is a number."""
+    config = load(None, [*NEEDED, f"--learner.importance_cap={said}", f"--learner.critic.clip={said}"])
+    assert (config.learner.importance_cap, config.learner.critic.clip) == (None, None)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert load(tmp_path / "run.toml") == config
+
+
+def test_none_is_a_word_where_a_field_cannot_be_empty():
+    assert "learner.lr" in refusal("--learner.lr=none")
+    assert load(None, [*NEEDED, "--run.name=none"]).run.name == "none"
+
+
+def test_a_discriminator_that_trains_along_counts_its_warm_up_too():
+    words = [
+        "--run.steps=10",
+        "--discriminator.warmup_max_steps=7",
+        "--discriminator.steps_per_policy_step=3",
+    ]
+    assert load(None, [*NEEDED, *words]).discriminator_updates == 37
+    assert load(None, [*NEEDED, *words, "--discriminator.frozen=true"]).discriminator_updates == 7
+
+
 def test_overrides_beat_the_file(tmp_path):
     (tmp_path / "run.toml").write_text("[learner]\nlr = 1e-3\nbetas = [0.5, 0.6]\n[run]\nsteps = 7\n")
     config = load(tmp_path / "run.toml", [*NEEDED, "--learner.lr", "1e-5"])
@@ -223,6 +247,16 @@ def test_printed_default_loads_once_the_two_required_fields_are_set(tmp_path):
         path for path, section in field_paths().items() if section is None and path not in mentioned(printed)
     ]
     assert not undocumented
+
+
+def test_the_template_names_every_option_and_upper_bounds():
+    printed = to_toml(load(None, NEEDED), template=True)
+    for line in (
+        '# One of "bce", "hinge", "least_squares", "bradley_terry", "wasserstein".',
+        "# At least 1, at most 3.",
+        "# The run's folder is output/name.",
+    ):
+        assert line in printed.splitlines()
 
 
 def mentioned(toml: str) -> set[str]:

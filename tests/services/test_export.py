@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.cli import _config_of_run
 from services.config import ConfigError
 from services.export import export_model
 
@@ -15,6 +16,7 @@ def run(tmp_path: Path, tiny_model: Path) -> Path:
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "best").symlink_to(tiny_model)
+    (folder / "config.toml").write_text("[sampling]\nmax_tokens = 7\n")
     return folder
 
 
@@ -28,6 +30,14 @@ def test_the_copy_is_a_model_of_its_own(run, tmp_path):
         assert torch.equal(mine, theirs)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<|end|>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+
+
+def test_generate_and_evaluate_find_the_configuration_of_a_run_and_of_a_copy(run, tmp_path):
+    out = export_model(run, tmp_path / "out", "best")
+    assert _config_of_run(str(run / "best")) == run / "config.toml"
+    assert _config_of_run(str(out)) == out / "rlgaf.toml"
+    assert (out / "rlgaf.toml").read_text() == (run / "config.toml").read_text()
+    assert _config_of_run("HuggingFaceTB/SmolLM2-135M-Instruct") is None
 
 
 def test_into_folders_that_do_not_exist_yet(run, tmp_path):
