@@ -31,3 +31,14 @@ class Demonstrations:
 
         self.train = prepared(splits.train)
         self.heldout = prepared(splits.heldout)
+        self.max_tokens = max_tokens
+
+    def notes(self) -> list[str]:
+        """What the user should know of them before training."""
+        cut = self.train["finish_reason"].to_pylist().count("length")
+        if not cut:
+            return []
+        return [
+            f"{cut} of {self.train.num_rows} training demonstrations are longer than sampling.max_tokens = "
+            f"{self.max_tokens}: the discriminator reads them cut there, C2ST compares with whole ones"
+        ]

@@ -62,6 +62,8 @@ class System(PolicySide):
         """Bring everything up; `say` is told what is being waited for."""
         config = self.config
         say(f"starting {config.rollout.workers} rollout worker(s), learner, discriminator and scoring")
+        for note in self.demonstrations.notes():
+            say(note)
         self.train_demonstrations = ray.put(self.demonstrations.train)
         # While a batch is scored, as many turns may publish as the lag allows.
         self.versions = ray.remote(VersionStore).options(num_cpus=0).remote(config.run.max_disc_lag + 2)
