@@ -215,7 +215,7 @@ def load_discriminator(
         if lora and config.lora.rank > 0:
             from learner.lora import attach
 
-            body = attach(body, config.lora)
+            body = attach(body, config.lora, sent=dtype)
         return Discriminator(
             body,
             hidden=body.config.hidden_size,

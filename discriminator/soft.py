@@ -23,7 +23,7 @@ from discriminator.scorer import Fetch, Scorer
 from learner.packing import Group, PackedBatch
 from rollout.config import PolicyConfig
 from rollout.engine import decoder
-from rollout.templates import end_of_response_id, load_tokenizer
+from rollout.templates import end_of_response_id, eos_ids, load_tokenizer
 
 ONE_BATCH = 2**40
 """More tokens than any batch has."""
@@ -66,7 +66,7 @@ class SoftJudge:
             )
         shape = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
         self.vocabulary = int(shape.get_text_config().vocab_size)
-        self.end_ids = frozenset({end_of_response_id(tokenizer, policy), *_eos_ids(shape, model, tokenizer)})
+        self.end_ids = frozenset({end_of_response_id(tokenizer, policy), *eos_ids(shape, model, tokenizer)})
         self._decode = decoder(tokenizer)
         self._module: Discriminator | None = None
 
@@ -128,16 +128,3 @@ def soft_judge(
         return checksum, ray.get(payload[0], timeout=timeout_s)
 
     return SoftJudge(config, model, policy, fetch)
-
-
-def _eos_ids(shape: Any, model: str, tokenizer: Any) -> set[int]:
-    """Every EOS of the model, at which the rollout workers' engine stops too: the tokenizer's, and those of
-    the generation configuration, or where there is none of the model's own."""
-    from transformers import GenerationConfig
-
-    try:
-        said = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # no generation_config.json
-        said = shape.get_text_config().eos_token_id
-    several = said if isinstance(said, list) else [said]
-    return {int(token) for token in [*several, tokenizer.eos_token_id] if token is not None}

@@ -62,11 +62,17 @@ def advantages(
     return whitened(result) if whiten else result
 
 
+FLAT_STD = 1e-6
+"""Values with less spread than this are all the same: scaling does not blow up their rounding noise."""
+
+
 def whitened(values: torch.Tensor) -> torch.Tensor:
-    """Values [N] centred and divided by their standard deviation."""
+    """Values [N] centred and divided by their standard deviation; only centred where that is nothing."""
     if len(values) == 0:
         return values.clone()
-    return (values - values.mean()) / (values.std(unbiased=False) + 1e-8)
+    exact = values.double()
+    std = exact.std(unbiased=False)
+    return ((exact - exact.mean()) / (std if std > FLAT_STD else 1.0)).to(values.dtype)
 
 
 def leave_one_out(returns: torch.Tensor, offsets: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -82,18 +88,21 @@ def leave_one_out(returns: torch.Tensor, offsets: torch.Tensor, groups: torch.Te
 
 
 def group_standardised(returns: torch.Tensor, offsets: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """GRPO: (G_t - mean of the group's R) / standard deviation of the group's R, [N] (Shao et al. 2024,
+    """GRPO: (G_t - mean of the group's R) / standard deviation in the group, [N] (Shao et al. 2024,
     "DeepSeekMath", sec. 4.1.2).
 
-    The variance divides by n - 1. The only trajectory with tokens of its group gets zero.
+    The spread is that of the tokens' returns around the mean, in which every trajectory weighs the same and
+    the variance divides by trajectories - 1: of returns that are constant within trajectories, the standard
+    deviation of R. A group without spread, or with one trajectory that has tokens, gets zero.
     """
     score, number, key, trajectory = _group_scores(returns, offsets, groups)
     mean = _sum_by(score, key)[key] / number.clamp_min(1)
-    # Trajectories without tokens have no score and no part in a group's spread.
-    squares = (score - mean).square() * (offsets.diff() > 0)
+    apart = returns.double() - mean[trajectory]
+    lengths = offsets.diff().clamp_min(1)
+    squares = torch.zeros_like(score).index_add_(0, trajectory, apart.square()) / lengths
     std = (_sum_by(squares, key)[key] / (number - 1).clamp_min(1)).sqrt()
-    scale = torch.where(number > 1, 1.0 / (std + 1e-6), 0.0)
-    return ((returns.double() - mean[trajectory]) * scale[trajectory]).to(returns.dtype)
+    scale = torch.where((number > 1) & (std > FLAT_STD), 1.0 / (std + 1e-6), 0.0)
+    return (apart * scale[trajectory]).to(returns.dtype)
 
 
 def generalised_advantages(

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from learner.config import OptimizerConfig
+from learner.cpu import cpu_computes_bfloat16
 from learner.losses import LossOutput
 
 log = logging.getLogger(__name__)
@@ -51,14 +52,13 @@ def resolve_device(choice: str) -> torch.device:
 
 
 def resolve_dtype(compute_dtype: str, model_dtype: str, device: torch.device) -> torch.dtype:
-    """Dtype of the arithmetic: as configured, or with `auto` the model's, but fp32 on CPUs without AVX-512.
-
-    There, bfloat16 matrix products have no vector kernels and run 7 to 70 times slower than fp32 ones.
+    """Dtype of the arithmetic: as configured, or with `auto` the model's, but fp32 on CPUs that are slow in
+    bfloat16.
     """
     name = model_dtype if compute_dtype == "auto" else compute_dtype
-    slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    slow = device.type == "cpu" and not cpu_computes_bfloat16()
     if compute_dtype == "auto" and name == "bfloat16" and slow:
-        log.info("computing in float32: this CPU has no AVX-512, bfloat16 would be many times slower")
+        log.info("computing in float32: on this CPU bfloat16 would be many times slower")
         name = "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
@@ -132,8 +132,12 @@ class TrainableModel:
             groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=0.0, fused=True
         )
         self._peaks = [group["lr"] for group in optimizer.param_groups]
+        module.to(self.device)
+        # Not the buffers: rotary frequencies are fp32 wherever the model is served.
+        for param in module.parameters():
+            param.data = param.data.to(dtype)
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module.to(self.device, dtype), optimizer=optimizer, config=self._deepspeed_config()
+            model=module, optimizer=optimizer, config=self._deepspeed_config()
         )
         self.updates = 0
 
@@ -157,34 +161,41 @@ class TrainableModel:
         *,
         lr_factor: float = 1.0,
     ) -> dict[str, float]:
-        """One optimizer update from this rank's micro-batches, its learning rate scaled by `lr_factor` (at 0
-        the weights stay). Returns sums and maxima over all of the step's micro-batches and ranks, `grad_norm`
-        (before clipping) and `lr`.
+        """One optimizer update from this rank's micro-batches, its learning rate scaled by `lr_factor`. At 0
+        they are only looked at: weights, moments and schedule stay, and `grad_norm` is 0. Returns sums and
+        maxima over all of the step's micro-batches and ranks, `grad_norm` (before clipping) and `lr`.
 
         Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any
         more.
         """
-        self.engine.train()
+        learns = lr_factor > 0
+        self.engine.train(learns)
         factor = schedule_factor(self.cfg, self.updates) * lr_factor
         for group, peak in zip(self.engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         sums: dict[str, torch.Tensor] = {}
         maxima: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            out = loss_fn(self.engine, batch)
-            self.engine.backward(out.loss * self.ranks)
+            with torch.set_grad_enabled(learns):
+                out = loss_fn(self.engine, batch)
+            if learns:
+                self.engine.backward(out.loss * self.ranks)
             for name, value in out.sums.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
             for name, value in out.maxima.items():
                 value = value.detach().double()
                 maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+        grad_norm = self._update() if learns else 0.0
+        metrics = self.reduce(sums, "sum") | self.reduce(maxima, "max")
+        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor}
+
+    def _update(self) -> float:
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"update {self.updates}: gradient norm is {grad_norm}")
         self.updates += 1
-        metrics = self.reduce(sums, "sum") | self.reduce(maxima, "max")
-        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor}
+        return grad_norm
 
     def reduce(self, values: dict[str, torch.Tensor], how: str) -> dict[str, float]:
         """Sum or maximum of scalars over the ranks, which must bring the same names."""

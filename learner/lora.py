@@ -2,8 +2,8 @@
 export.
 
 Invariant: an adapted layer computes with the very weight that is sent and exported, the adapter folded into
-W and rounded to its dtype. Computed beside W, as usual, the adapter is more exact than what a sampler can
-hold, and in bfloat16 the difference grows with it.
+W and rounded to the dtype in which it is sent. Computed beside W, as usual, the adapter is more exact than
+what a sampler can hold, and in bfloat16 the difference grows with it.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from learner.config import LoraConfig
 
 
-def attach(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
+def attach(model: PreTrainedModel, config: LoraConfig, *, sent: torch.dtype) -> PreTrainedModel:
     """Put adapters into `model` in place, freeze its own weights and return it. With rank 0 nothing
-    happens."""
+    happens. `sent`: dtype in which its weights leave the process."""
     if config.rank == 0:
         return model
     adapter = PeftLora(
@@ -33,11 +33,16 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
         bias="none",
     )
     adapter._register_custom_module({nn.Linear: FoldedLinear})
-    return cast(PreTrainedModel, get_peft_model(model, adapter).get_base_model())
+    adapted = cast(PreTrainedModel, get_peft_model(model, adapter).get_base_model())
+    for _, layer in adapters(adapted):
+        layer.sent = sent
+    return adapted
 
 
 class FoldedLinear(Linear):  # type: ignore[misc]
-    """A linear layer that multiplies by W + (alpha / r) B A, rounded to W's dtype."""
+    """A linear layer that multiplies by W + (alpha / r) B A, rounded to the dtype in which it is sent."""
+
+    sent: torch.dtype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., out] for x [..., in]; what W alone gives while adapters are off."""
@@ -46,7 +51,8 @@ class FoldedLinear(Linear):  # type: ignore[misc]
             return base(x)
         (name,) = self.active_adapters
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _Folded.apply(x, base.weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-any-return]
+        s = self.scaling[name]
+        return _Folded.apply(x, base.weight, base.bias, a, b, s, self.sent)  # type: ignore[no-any-return]
 
 
 class _Folded(torch.autograd.Function):
@@ -54,22 +60,25 @@ class _Folded(torch.autograd.Function):
     folded weight is made again for the backward pass, so that no copy of the model's weights is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: float, sent: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling = s
-        return nn.functional.linear(x, _folded(weight, a, b, s), bias)
+        ctx.scaling, ctx.sent = s, sent
+        return nn.functional.linear(x, _folded(weight, a, b, s, sent), bias)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         s = ctx.scaling
-        into_x = slope @ _folded(weight, a, b, s) if ctx.needs_input_grad[0] else None
+        into_x = slope @ _folded(weight, a, b, s, ctx.sent) if ctx.needs_input_grad[0] else None
         slopes, rows = slope.flatten(0, -2), x.flatten(0, -2)
-        return into_x, None, None, s * ((slopes @ b).T @ rows), s * (slopes.T @ (rows @ a.T)), None
+        return into_x, None, None, s * ((slopes @ b).T @ rows), s * (slopes.T @ (rows @ a.T)), None, None
 
 
-def _folded(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
+def _folded(weight: Tensor, a: Tensor, b: Tensor, scaling: float, sent: torch.dtype) -> Tensor:
+    whole = torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling)
+    return whole.to(sent).to(weight.dtype)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -100,8 +109,8 @@ def merged_name(name: str) -> str | None:
 
 
 def merged_weight(layer: Any) -> torch.Tensor:
-    """Weight of an adapted linear layer with its adapter folded in: W + (alpha / r) B A, in W's dtype,
-    detached.
+    """Weight of an adapted linear layer with its adapter folded in: W + (alpha / r) B A, rounded as it is
+    sent, in W's dtype, detached.
 
     All three matrices must be present on this rank (gathered, under ZeRO-3).
     """
@@ -112,4 +121,5 @@ def merged_weight(layer: Any) -> torch.Tensor:
             layer.lora_A[name].weight,
             layer.lora_B[name].weight,
             layer.scaling[name],
+            layer.sent,
         )

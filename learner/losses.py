@@ -123,7 +123,8 @@ def policy_loss(
     kl_estimator: str = "k2",
     entropy_coef: float = 0.0,
 ) -> LossOutput:
-    """Policy gradient + kl_coef x KL - entropy_coef x entropy, summed with the tokens' weights.
+    """Policy gradient + kl_coef x KL - entropy_coef x entropy, summed with the tokens' weights. Estimates of
+    the KL carry the importance weights too: it is the learner's, and the tokens are the sampler's.
 
     Raises ValueError for an unknown loss.
     """
@@ -140,10 +141,11 @@ def policy_loss(
     per_token = policy - entropy_coef * inputs.entropy if entropy_coef else policy
     sums: dict[str, torch.Tensor] = {}
     if inputs.reference_logprob is not None:
-        kl = kl_estimate(inputs.logprob, inputs.reference_logprob, kl_estimator)  # type: ignore[arg-type]
+        pair = inputs.logprob, inputs.reference_logprob
         if kl_coef:
-            per_token = per_token + kl_coef * kl
-        sums["kl"] = (m * kl_estimate(inputs.logprob, inputs.reference_logprob, "k3")).sum()
+            kl = kl_estimate(*pair, kl_estimator)  # type: ignore[arg-type]
+            per_token = per_token + kl_coef * inputs.importance * kl
+        sums["kl"] = (m * inputs.importance * kl_estimate(*pair, "k3")).sum()
     total = (w * per_token).sum()
     with torch.no_grad():
         log_ratio = inputs.logprob - inputs.old_logprob

@@ -82,7 +82,7 @@ class PolicyLearner:
             return kind(net, temperature=temperature, chunk=cfg.logits_chunk, packing=cfg.packing)
 
         torch.manual_seed(seed)  # adapters start from random weights, which must be the same on every rank
-        network = lora.attach(load(), cfg.lora)
+        network = lora.attach(load(), cfg.lora, sent=self.export_dtype)
         if cfg.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         trained = scored(network, ScoredModel if judge is None else GumbelModel)
@@ -106,9 +106,9 @@ class PolicyLearner:
         """Update the policy from a step's scored trajectories (whole groups; the same table on every rank).
 
         Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`, with a judge
-        also `prompt_text` and `disc_version`. `lr_factor` scales this step's learning rate. Returns metrics
-        that are equal on all ranks but for the seconds. Raises ValueError for a table without a response
-        token.
+        also `prompt_text` and `disc_version`. `lr_factor` scales this step's learning rate; at 0 policy and
+        critic stay as they are. Returns metrics that are equal on all ranks but for the seconds. Raises
+        ValueError for a table without a response token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -165,18 +165,21 @@ class PolicyLearner:
             chosen = [b.with_columns(**columns).to(self.device) for b in minibatch.batches]
             both: list[PackedBatch | SoftBatch] = [*chosen, *(batch.to(self.device) for batch in soft)]
             update = self.trainable.step(both, self._loss, lr_factor=lr_factor)
-            if self.critic is not None:
+            if self.critic is not None and lr_factor > 0:
                 update |= self.critic.update(chosen)
             history.append(update)
         clock.lap("update")
-        metrics = {name: float(np.mean([m[name] for m in history])) for name in history[0]} | told
+        metrics = {
+            name: float((np.max if name.endswith("_max") else np.mean)([update[name] for update in history]))
+            for name in history[0]
+        } | told
         if self.gumbel is not None:
             metrics |= self.gumbel.metrics()
         if values is not None:
             metrics["critic_explained"] = explained_variance(values, returns)
         if reference is not None:
             metrics["kl_coef"] = self.kl_coef
-        if cfg.kl_target is not None:
+        if cfg.kl_target is not None and lr_factor > 0:
             self.kl_coef = adapted_coefficient(self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_gain)
         lengths = samples.offsets.diff().double()
         per_trajectory = torch.zeros(len(lengths)).index_add_(

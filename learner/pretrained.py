@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,8 +25,14 @@ _TALKATIVE = ("modeling_utils", "distributed.tensor_parallel")
 def load_causal_lm(
     name: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal LM by hub name or folder, ready for packed rows. ValueError as `load_body`."""
+    """Load a causal LM by hub name or folder, ready for packed rows and without dropout: what is trained is
+    the likelihood that samples were drawn with. ValueError as `load_body`.
+    """
     model = _load(AutoModelForCausalLM, name, dtype, attention_implementation(device), trust_remote_code)
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
+                setattr(module, attribute, 0.0)
     return model.to(device)  # type: ignore[arg-type]
 
 

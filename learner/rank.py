@@ -21,7 +21,7 @@ from learner.supervised import supervised_step
 from learner.weight_client import WeightSyncError, WorkerRef
 from rollout.config import PolicyConfig, RolloutConfig
 from rollout.engine import transfer_backend
-from rollout.templates import end_of_response_id, load_tokenizer
+from rollout.templates import end_of_response_id, eos_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from learner.weight_sender import WeightSender
@@ -160,7 +160,9 @@ class LearnerRank:
             tokenizer = load_tokenizer(self.policy)
             tokenizer.save_pretrained(folder)
             generation = GenerationConfig.from_pretrained(folder)
-            generation.eos_token_id = end_of_response_id(tokenizer, self.policy)
+            ends = eos_ids(self.learner.module.config, self.policy.model, tokenizer)
+            every = sorted(ends | {end_of_response_id(tokenizer, self.policy)})
+            generation.eos_token_id = every if len(every) > 1 else every[0]
             generation.save_pretrained(folder)
 
     def memory(self) -> dict[str, float]:

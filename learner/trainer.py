@@ -14,6 +14,7 @@ instead of two.
 """
 
 import asyncio
+import math
 import os
 import threading
 import traceback
@@ -45,6 +46,8 @@ class GroupPlan:
     threads: int
     storage: str
     start_timeout_s: float
+    step_timeout_s: float
+    """Deadline of every collective of the ranks."""
 
 
 class Mailbox:
@@ -206,7 +209,7 @@ class TrainerGroup:
 
     def _fit(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         for name, value in TRAIN_CONTROLLER.items():
             os.environ.setdefault(name, value)
@@ -220,6 +223,7 @@ class TrainerGroup:
             scaling_config=ScalingConfig(
                 num_workers=self.plan.ranks, use_gpu=self.plan.use_gpu, resources_per_worker=resources
             ),
+            torch_config=TorchConfig(timeout_s=math.ceil(self.plan.step_timeout_s)),
             run_config=RunConfig(
                 name=self.role,
                 storage_path=self.plan.storage,

@@ -86,6 +86,19 @@ def end_of_response_id(tokenizer: Any, policy: PolicyConfig) -> int:
     return int(ids[0])
 
 
+def eos_ids(shape: Any, model: str, tokenizer: Any) -> set[int]:
+    """Every EOS of a model with the configuration `shape`, at which vLLM stops: the tokenizer's, and those of
+    the generation configuration, or where there is none of the model's own."""
+    from transformers import GenerationConfig
+
+    try:
+        said = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # no generation_config.json
+        said = shape.get_text_config().eos_token_id
+    several = said if isinstance(said, list) else [said]
+    return {int(token) for token in [*several, tokenizer.eos_token_id] if token is not None}
+
+
 def check_model(policy: PolicyConfig, data: DataConfig, sampling: SamplingConfig, tokenizer: Any) -> None:
     """Check the model's configuration, not its weights: causal, vocabulary covers the tokenizer, context is
     enough.

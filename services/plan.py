@@ -6,9 +6,9 @@ Pure arithmetic on the configuration; nothing here starts or imports a heavy lib
 import importlib.metadata
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from learner.cpu import cpu_computes_bfloat16
 from services.config import Config, ConfigError
 
 Device = Literal["cpu", "cuda"]
@@ -166,22 +166,10 @@ def resource_plan(config: Config, *, gpus: int, cores: int | None = None) -> Res
         roles = tuple(role for role in roles if role.name in ("rollout", "learner"))
     dtype: Dtype = "float32"
     if config.policy.dtype == "bfloat16" or (
-        config.policy.dtype == "auto" and (devices["rollout"] == "cuda" or _cpu_computes_bfloat16())
+        config.policy.dtype == "auto" and (devices["rollout"] == "cuda" or cpu_computes_bfloat16())
     ):
         dtype = "bfloat16"
     return ResourcePlan(roles, devices, dtype)
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Whether this machine's CPU has vector units that bfloat16 kernels are written for: AVX-512 on x86, the
-    bf16 extension on Arm. Without them SmolLM2 generates 4 times slower than in fp32, and learns far slower.
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
-    return "avx512f" in flags or "bf16" in flags
 
 
 def cpu_torch() -> bool:

@@ -96,6 +96,7 @@ class PolicySide:
             threads=role.threads,
             storage=str(self.config.folder / "ray"),
             start_timeout_s=section.start_timeout_s,
+            step_timeout_s=section.step_timeout_s,
         )
 
     async def stop(self) -> None:

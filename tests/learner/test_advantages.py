@@ -42,9 +42,10 @@ def test_group_standardised_by_a_slow_loop(returns):
     rows = parts(returns)
     expected = []
     for i, row in enumerate(rows):
-        scores = [statistics.fmean(rows[j]) for j in members(i)]
-        alone = len(scores) == 1
-        expected += [0.0 if alone else (g - statistics.fmean(scores)) / statistics.stdev(scores) for g in row]
+        group = [rows[j] for j in members(i)]
+        mean = statistics.fmean(map(statistics.fmean, group))
+        squares = sum(statistics.fmean((g - mean) ** 2 for g in other) for other in group)
+        expected += [(g - mean) / (squares / (len(group) - 1)) ** 0.5 if len(group) > 1 else 0.0 for g in row]
     torch.testing.assert_close(
         group_standardised(returns, OFFSETS, GROUPS), torch.tensor(expected), rtol=1e-4, atol=1e-5
     )
@@ -72,6 +73,21 @@ def test_a_group_of_equal_rewards_teaches_nothing():
     for name in ("rloo", "grpo", "dr_grpo"):
         actual, _ = estimate_advantages(name, rewards, OFFSETS, GROUPS)
         assert actual.abs().max() < 1e-6, name
+
+
+def test_equal_trajectories_whose_returns_vary_keep_a_bounded_scale():
+    """Identical answers judged per token: their means agree, their tokens' returns do not."""
+    rewards, offsets = torch.tensor([0.9, 0.1, -0.4, 0.9, 0.1, -0.4]), torch.tensor([0, 3, 6])
+    actual, _ = estimate_advantages("grpo", rewards, offsets, torch.zeros(2, dtype=torch.int64), gamma=0.25)
+    assert 0.5 < actual.abs().max() < 3.0
+
+
+@pytest.mark.parametrize("value", [0.1, 2.7, 5.0])
+def test_whitening_does_not_blow_up_the_rounding_of_equal_returns(value):
+    actual, _ = estimate_advantages(
+        "reinforce_plus_plus", torch.full((1000,), value), torch.arange(1001), torch.zeros(1000)
+    )
+    assert actual.abs().max() < 1e-6
 
 
 def test_reinforce_plus_plus_whitens_over_the_step(returns):

@@ -62,7 +62,9 @@ def test_lora_state_continues_bit_for_bit(tiny_model, uneven_table, tmp_path):
 
 
 def test_adapters_off_restores_training(tiny_model):
-    model = lora.attach(AutoModelForCausalLM.from_pretrained(tiny_model), LearnerConfig(**SETTINGS).lora)
+    model = lora.attach(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LearnerConfig(**SETTINGS).lora, sent=torch.float32
+    )
     trainable = [p.requires_grad for p in model.parameters()]
     with lora.adapters_off(model):
         pass
@@ -84,18 +86,22 @@ def test_two_ranks_change_nothing_and_send_merged_weights(tiny_model, uneven_tab
         assert ranks_metrics[1]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapted_layer_computes_with_the_weight_that_is_sent(dtype):
-    layer = adapted_layer(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "sent"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+)
+def test_an_adapted_layer_computes_with_the_weight_that_is_sent(dtype, sent):
+    layer = adapted_layer(dtype, sent)
     x = torch.randn(3, 5, 48, dtype=dtype)
-    expected = torch.nn.functional.linear(x, lora.merged_weight(layer), layer.get_base_layer().bias)
+    weight = lora.merged_weight(layer).to(sent).to(dtype)
+    expected = torch.nn.functional.linear(x, weight, layer.get_base_layer().bias)
     assert torch.equal(layer(x), expected)
     with lora.adapters_off(layer):
         assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
 def test_gradients_are_those_of_an_adapter_beside_its_layer():
-    layer = adapted_layer(torch.float64)
+    layer = adapted_layer(torch.float64, torch.float64)
     a, b = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     x = torch.randn(3, 5, 48, dtype=torch.float64, requires_grad=True)
 
@@ -114,11 +120,11 @@ def test_gradients_are_those_of_an_adapter_beside_its_layer():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
-def adapted_layer(dtype):
+def adapted_layer(dtype, sent):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(48, 32))
     model.config = None
     adapter = LearnerConfig(**SETTINGS).lora.model_copy(update={"target_modules": ["0"]})
-    (_, layer), *_ = lora.adapters(lora.attach(model, adapter))
+    (_, layer), *_ = lora.adapters(lora.attach(model, adapter, sent=sent))
     torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
     return layer.to(dtype)

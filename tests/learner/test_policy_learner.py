@@ -193,6 +193,29 @@ def test_the_weight_of_the_kl_follows_its_target(tiny_model, uneven_table):
     assert [fixed.train_step(uneven_table, step)["kl_coef"] for step in range(2)] == [0.1, 0.1]
 
 
+def test_a_step_left_out_leaves_no_trace(tiny_model, uneven_table):
+    """Neither in the weights nor in the moments, the critic, the schedule and the KL's weight."""
+    settings = {"lr": 1e-2, "kl_coef": 0.1, "kl_target": 0.01, "advantage": "gae", "lr_schedule": "linear"}
+    one, other = (learner_for(tiny_model, **settings, schedule_steps=9) for _ in range(2))
+    one.train_step(uneven_table, 0)
+    other.train_step(uneven_table, 0)
+    left_out = other.train_step(uneven_table, 1, lr_factor=0.0)
+    assert (left_out["lr"], left_out["grad_norm"]) == (0.0, 0.0)
+    assert left_out["kl"] > 0
+    metrics = one.train_step(uneven_table, 2), other.train_step(uneven_table, 2)
+    for name in ("loss", "grad_norm", "kl_coef", "lr", "critic_loss"):
+        assert metrics[0][name] == metrics[1][name], name
+
+
+def test_the_largest_of_several_updates_is_told(tiny_model, uneven_table):
+    learner = learner_for(tiny_model, loss="ppo_clip", epochs=3, lr=1e-2)
+    update, updates = learner.trainable.step, []
+    learner.trainable.step = lambda *words, **more: updates.append(update(*words, **more)) or updates[-1]
+    metrics = learner.train_step(uneven_table, 0)
+    assert metrics["ratio_max"] == max(each["ratio_max"] for each in updates) > updates[0]["ratio_max"]
+    assert metrics["loss"] == pytest.approx(sum(each["loss"] for each in updates) / 3)
+
+
 def test_masked_importance_sampling_leaves_tokens_out(tiny_model, uneven_table):
     """Half of the tokens were ten times likelier for the sampler: they alone are masked."""
     settings = {"importance": "masked", "importance_floor": 0.5, "gamma": 0.0, "baseline": "none"}

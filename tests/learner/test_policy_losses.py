@@ -113,10 +113,39 @@ def test_ppo_clip_by_a_slow_loop():
         surrogate = min(ratio * a, bounded * a)
         clipped += float(x.weight[i]) * (surrogate != ratio * a)
         log_r = float(x.reference_logprob[i] - x.logprob[i])
-        total += float(x.weight[i]) * (-float(x.importance[i]) * surrogate + 0.05 * log_r**2 / 2)
+        total += float(x.weight[i]) * float(x.importance[i]) * (0.05 * log_r**2 / 2 - surrogate)
     out = policy_loss(x, loss="ppo_clip", clip_low=0.2, clip_high=0.3, kl_coef=0.05, kl_estimator="k2")
     assert out.loss.item() == pytest.approx(total, abs=1e-5)
     assert out.sums["clip_fraction"].item() == pytest.approx(clipped, abs=1e-5)
+
+
+def test_the_kls_gradient_is_the_learners_though_the_tokens_are_the_samplers():
+    """One token of three: over all tokens that a sampler draws, k2's gradient adds up to that of the KL."""
+    logits = torch.tensor([0.3, -0.4, 0.1], dtype=torch.float64, requires_grad=True)
+    reference, sampler = (
+        torch.tensor(x, dtype=torch.float64).log_softmax(0) for x in ([0.0, 0.5, -0.2], [0.9, -1.0, 0.0])
+    )
+    logprob = logits.log_softmax(0)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    x = PolicyLossInputs(
+        logprob=logprob,
+        entropy=zeros,
+        old_logprob=logprob.detach(),
+        sampler_logprob=sampler,
+        advantage=zeros,
+        importance=importance_weights(logprob, sampler, 100.0),
+        weight=sampler.exp(),
+        reference_logprob=reference,
+    )
+    out = policy_loss(x, kl_coef=1.0, kl_estimator="k2")
+    exact = (logprob.exp() * (logprob - reference)).sum()
+    for one, other in zip(
+        torch.autograd.grad(out.loss, logits, retain_graph=True),
+        torch.autograd.grad(exact, logits),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    assert float(out.sums["kl"]) == pytest.approx(exact.item())
 
 
 def test_dual_clip_by_a_slow_loop():

@@ -79,7 +79,8 @@ def by_plain_pytorch(tiny_model, table):
             )
             weight = (chosen - sampler[part]).detach().exp().clamp(max=2.0)
             entropy = -(log_p.exp() * log_p).sum(-1)
-            total += (-weight * adv[part] * chosen + 0.1 * (chosen - ref) ** 2 / 2 - 0.01 * entropy).sum()
+            gain = adv[part] * chosen - 0.1 * (chosen - ref) ** 2 / 2
+            total -= (weight * gain + 0.01 * entropy).sum()
         (total / samples.tokens).backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
@@ -182,6 +183,15 @@ def test_updates_too_small_for_bfloat16_are_not_lost(stage):
         weight = model.module.weight.detach().float()
     # AdamW moves by lr at each step under a constant gradient: 1 - 100 * 1e-4.
     torch.testing.assert_close(weight, torch.full((4, 4), 0.99), atol=2e-3, rtol=0)
+
+
+def test_rotary_frequencies_are_not_rounded(tiny_model):
+    """The sampler, the scorer and whoever loads the export compute with them in fp32."""
+    learner = PolicyLearner(str(tiny_model), LearnerConfig(device="cpu"), model_dtype="bfloat16")
+    wanted = [buffer for name, buffer in learner.module.named_buffers() if name.endswith("inv_freq")]
+    assert wanted
+    assert {buffer.dtype for buffer in wanted} == {torch.float32}
+    assert {param.dtype for param in learner.module.parameters()} == {learner.dtype}
 
 
 def test_gradients_of_micro_batches_are_added_in_fp32():

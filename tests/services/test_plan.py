@@ -157,7 +157,7 @@ def test_visible_devices_limit_the_gpus(monkeypatch, visible, count):
     ],
 )
 def test_auto_computes_in_bfloat16_where_the_hardware_does(monkeypatch, asked, gpus, vector_units, planned):
-    monkeypatch.setattr(planning, "_cpu_computes_bfloat16", lambda: vector_units)
+    monkeypatch.setattr(planning, "cpu_computes_bfloat16", lambda: vector_units)
     config = load(None, [*NEEDED, f"--policy.dtype={asked}"])
     found = resource_plan(config, gpus=gpus, cores=2)
     assert found.settle(config).policy.dtype == found.dtype == planned
