@@ -113,7 +113,7 @@ class Timer:
 def main() -> None:
     kind, path, descriptor = sys.argv[1:]
     module, _, name = kind.partition(":")
-    from benchmarks.processes import cpu_seconds, peak_mib
+    from benchmarks.processes import by_title, cpu_seconds, peaks
 
     with os.fdopen(int(descriptor), "w") as replies:
 
@@ -128,9 +128,9 @@ def main() -> None:
             before = cpu_seconds()
             result = competitor.turn(number)
             reply(result | {"cpu_s": cpu_seconds() - before})
-        peaks = peak_mib(name.lower())
+        peak_mib = by_title(peaks(name.lower()))
         competitor.close()
-        reply({"peak_mib": peaks})
+        reply({"peak_mib": peak_mib})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.processes import peak_mib
+from benchmarks.processes import Peaks, by_title, peaks
 from benchmarks.workload import Workload
 
 PHASES = ("generate", "score", "learn", "sync", "discriminate")
@@ -42,15 +42,13 @@ def run_full_steps(workload: Workload, repeats: int, data: dict[str, Any], log: 
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        peaks: dict[str, float] = {}
+        found: Peaks = {}
         while process.poll() is None:
             time.sleep(POLL_S)
             try:
-                seen = peak_mib("controller", process.pid)
+                found |= peaks("controller", process.pid)
             except (psutil.Error, FileNotFoundError):
                 continue
-            for name, size in seen.items():
-                peaks[name] = max(size, peaks.get(name, 0.0))
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
         raise RuntimeError(f"rlgaf train ended with code {process.returncode}; the end of {log}:\n{tail}")
@@ -61,7 +59,7 @@ def run_full_steps(workload: Workload, repeats: int, data: dict[str, Any], log: 
         | {"new_tokens": later["policy/tokens_response"]}
         for earlier, later in pairwise(rows)
     ]
-    return {"details": details, "peak_mib": peaks}
+    return {"details": details, "peak_mib": by_title(found)}
 
 
 def _fields(workload: Workload, repeats: int, data: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,26 +11,35 @@ SMALLEST_MIB = 50.0
 RAY_SERVICES = ("gcs_server", "raylet", "dashboard", "monitor", "agent", "log_monitor", "idle", "tail")
 
 
-def peak_mib(name: str, pid: int | None = None) -> dict[str, float]:
-    """Peak resident memory in MiB, by process: `pid` (None: this one) as `name`, descendants by title.
+Peaks = dict[int, tuple[str, float]]
+"""Title and peak resident memory in MiB, by process id."""
 
-    Processes below SMALLEST_MIB are left out and Ray's own ones added up as `ray services`.
-    """
+
+def peaks(name: str, pid: int | None = None) -> Peaks:
+    """Of the process `pid` (None: this one), as `name`, and of its living descendants."""
     own = psutil.Process(pid)
-    peaks = {name: _high_water(own.pid)}
+    found = {own.pid: (name, _high_water(own.pid))}
     for process in own.children(recursive=True):
         try:
-            title = _title(process)
-            size = _high_water(process.pid)
+            found[process.pid] = (_title(process), _high_water(process.pid))
         except (psutil.Error, FileNotFoundError, ProcessLookupError):
             continue
+    return found
+
+
+def by_title(found: Peaks) -> dict[str, float]:
+    """Peaks in MiB by title. Processes below SMALLEST_MIB are left out and Ray's own ones added up as
+    `ray services`.
+    """
+    told: dict[str, float] = {}
+    for title, size in found.values():
         if any(word in title.lower() for word in RAY_SERVICES):
-            peaks["ray services"] = peaks.get("ray services", 0.0) + size
+            told["ray services"] = told.get("ray services", 0.0) + size
         elif size >= SMALLEST_MIB:
-            while title in peaks:
+            while title in told:
                 title += "'"
-            peaks[title] = size
-    return {key: round(value, 1) for key, value in peaks.items()}
+            told[title] = size
+    return {title: round(size, 1) for title, size in told.items()}
 
 
 def cpu_seconds() -> float:
@@ -50,6 +59,8 @@ def _title(process: psutil.Process) -> str:
     words = process.cmdline()
     if not words:
         return process.name()
+    if words[0].startswith("ray::"):
+        return words[0].split(".")[0]  # without the method that the actor is in
     first = words[0].rsplit("/", 1)[-1]
     if not first.startswith("python"):
         return first
