@@ -255,7 +255,7 @@ def _machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "load_before": os.getloadavg(),
         **packages,
