@@ -269,7 +269,9 @@ class DiscriminatorConfig(OptimizerConfig):
     many demonstrations as rollouts, drawn from all)."""
 
     min_demonstrations: PositiveInt = 16
-    """With pairing: demonstrations of other prompts are added where the batch's own are fewer than this."""
+    """With pairing: demonstrations of other prompts are added where the batch's own are fewer than this. With
+    `bradley_terry` each of these is compared with all of the step's rollouts, whatever their prompts; 1 keeps
+    that loss within prompts, as in `gad` and `rlhf`."""
 
     heldout_size: PositiveInt = 128
     """Held-out demonstrations (and rollouts) in one evaluation."""

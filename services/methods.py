@@ -22,22 +22,25 @@ PRESETS: dict[Method, dict[str, Any]] = {
     # The defaults of every field.
     "rlgaf": {},
     # Generative adversarial distillation (arXiv 2511.10643): a sequence-level Bradley-Terry discriminator
-    # whose raw score is the reward, GRPO over eight answers, a small KL.
+    # whose raw score is the reward, GRPO over eight answers, a small KL. Its critic compares answers to one
+    # prompt, never to two, and no gate holds it.
     "gad": {
         "sampling": {"group_size": 8},
         "learner": {"advantage": "grpo", "loss": "ppo_clip", "kl_coef": 1e-3, "kl_estimator": "k3"},
         "discriminator": {
             "level": "sequence",
             "loss": "bradley_terry",
+            "min_demonstrations": 1,
             "steps_per_policy_step": 1,
+            "health": {"enabled": False},
             "reward": {"form": "bradley_terry"},
         },
     },
     # Supervised fine-tuning with early stopping; its settings are `learner.sft`.
     "sft": {},
     # A reward model, then PPO (Stiennon et al. 2020; Ouyang et al. 2022): one scalar a response minus the KL
-    # of every token, critic and GAE, whitened advantages. Centring holds the scores, whose zero is open, near
-    # it.
+    # of every token, critic and GAE, whitened advantages. The model compares answers to one prompt; centring
+    # holds its scores, whose zero is open, near it.
     "rlhf": {
         "learner": {
             "advantage": "gae",
@@ -52,6 +55,7 @@ PRESETS: dict[Method, dict[str, Any]] = {
             "frozen": True,
             "level": "sequence",
             "loss": "bradley_terry",
+            "min_demonstrations": 1,
             "score_centring": 0.01,
             "warmup_max_steps": 500,
             "warmup_accuracy": 1.0,
