@@ -170,6 +170,7 @@ class OneProcessSystem(OneProcessPolicy, System):
 
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
         settings, seed = self.config.discriminator, self.config.run.seed
+        batch = batch if settings.frozen else self._demonstrated(batch)
         rollouts = batch
         if not settings.frozen:
             self.buffer.add(batch, step)
@@ -188,7 +189,7 @@ class OneProcessSystem(OneProcessPolicy, System):
     async def warm_up(self, say: Callable[[str], None]) -> dict[str, Any]:
         settings, run = self.config.discriminator, self.config.run
         size = self.config.sampling.group_size
-        source = PromptSource(self.splits.rollout_prompts(), self.renderer.encode, size, run.seed + 1)
+        source = PromptSource(self.splits.demonstrated_prompts(), self.renderer.encode, size, run.seed + 1)
         wanted = settings.batch_size * min(settings.warmup_max_steps, 16) + settings.heldout_size
         prompts = max(1, min(len(source), -(-wanted // size)))
         rollouts = await self.generate(source.next(prompts, 0), 0)
