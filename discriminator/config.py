@@ -27,7 +27,8 @@ RAW_FORMS = ("logit", "bradley_terry")
 
 
 class CanonicalConfig(Section):
-    """The one spelling in which demonstrations and rollouts are judged."""
+    """The one spelling in which demonstrations and rollouts are judged, the likelihood of human answers is
+    measured, and `sft` learns."""
 
     unicode: Literal["nfc", "off"] = "nfc"
     """Unicode normalisation of responses. `off` lets a decomposed accent tell the sides apart."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from discriminator.config import DiscriminatorConfig
+
 if TYPE_CHECKING:
-    from discriminator.config import DiscriminatorConfig
     from services.config import Config
 
 Method = Literal["rlgaf", "gad", "sft", "rlhf"]
@@ -66,7 +67,9 @@ PRESETS: dict[Method, dict[str, Any]] = {
 }
 
 UNREAD_BY_SFT = (
-    "discriminator", "sampling.group_size", "data.prompts", "run.prompts_per_step",
+    *(f"discriminator.{name}" for name in DiscriminatorConfig.model_fields if name != "canonical"),
+    "discriminator.canonical.max_prompt_tokens", "discriminator.canonical.max_response_tokens",
+    "sampling.group_size", "data.prompts", "run.prompts_per_step",
     *(
         f"learner.{name}"
         for name in (
@@ -77,7 +80,7 @@ UNREAD_BY_SFT = (
         )
     ),
 )  # fmt: skip
-"""Fields and sections that `sft` has no use for."""
+"""Fields and sections that `sft` has no use for; of the discriminator it has the spelling."""
 
 
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def method_problems(config: "Config") -> list[str]:
     return problems
 
 
-def _pair_problems(judge: "DiscriminatorConfig") -> list[str]:
+def _pair_problems(judge: DiscriminatorConfig) -> list[str]:
     """Why a discriminator with these settings cannot be trained on preference pairs."""
     problems = []
     if judge.loss != "bradley_terry":

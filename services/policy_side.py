@@ -155,7 +155,8 @@ class PolicySide:
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
-        table = human_answers(first_prompts(split, prompts), self.renderer, self.config.sampling.max_tokens)
+        limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
+        table = human_answers(first_prompts(split, prompts), self.renderer, limit, canonical)
         timeout = self.config.learner.step_timeout_s
         return (await self.learner.call("mean_nll", timeout_s=timeout, table=ray.put(table)))[0]
 

@@ -106,7 +106,8 @@ class OneProcessPolicy(PolicySide):
         return self.sampler(requests, version=self.policy_version, temperature=settings.temperature)
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
-        table = human_answers(first_prompts(split, prompts), self.renderer, self.config.sampling.max_tokens)
+        limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
+        table = human_answers(first_prompts(split, prompts), self.renderer, limit, canonical)
         return -float(np.concatenate(self.policy.response_logprobs(table)).mean())
 
     async def export(self, folder: Path) -> None:

@@ -107,8 +107,11 @@ def test_one_file_serves_every_method_and_what_is_not_read_is_named(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         "[learner]\nlr = 1e-4\nkl_coef = 0.1\n[learner.sft]\npatience = 2\n[discriminator]\nlr = 1e-3\n"
+        "[discriminator.canonical]\nwhitespace = 'outer'\nmax_prompt_tokens = 9\n"
     )
-    assert not_read(load(file, [*NEEDED, "--run.method=sft"])) == ["discriminator", "learner.kl_coef"]
+    assert not_read(load(file, [*NEEDED, "--run.method=sft"])) == [
+        "discriminator.lr", "discriminator.canonical.max_prompt_tokens", "learner.kl_coef"
+    ]  # fmt: skip
     assert not_read(load(file, NEEDED)) == ["learner.sft"]
     assert not_read(load(None, [*NEEDED, "--run.method=sft"])) == []
     assert set(UNREAD_BY_SFT) <= field_paths().keys()
