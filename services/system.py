@@ -44,8 +44,10 @@ class System(PolicySide):
     disc_version: int
     """Newest published discriminator version."""
 
-    def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
-        super().__init__(config, plan, splits, renderer)
+    def __init__(
+        self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer, start: int = 0
+    ) -> None:
+        super().__init__(config, plan, splits, renderer, start)
         self.disc_version = 0
         self.app = f"rlgaf-{config.run.name}"
         self.scorer: Any = None
