@@ -22,9 +22,13 @@ SHIFT_FREE_LOSSES = ("bradley_terry", "wasserstein")
 ANCHORED_FORMS = ("neg_log_one_minus_d", "prob", "log_d")
 """Reward forms, and objectives of Gumbel-Softmax, that bend at a score of zero."""
 
+RAW_FORMS = ("logit", "bradley_terry")
+"""Reward forms that are the score itself, and have a zero only where the loss gives it one."""
+
 
 class CanonicalConfig(Section):
-    """The one spelling in which demonstrations and rollouts are judged."""
+    """The one spelling in which demonstrations and rollouts are judged, the likelihood of human answers is
+    measured, and `sft` learns."""
 
     unicode: Literal["nfc", "off"] = "nfc"
     """Unicode normalisation of responses. `off` lets a decomposed accent tell the sides apart."""
@@ -69,8 +73,10 @@ class RewardConfig(Section):
     raw score of a discriminator trained with that loss; `relativistic` subtracts the score of the prompt's
     demonstration, so every prompt needs one."""
 
-    clip: PositiveFloat = 5.0
-    """Rewards are clipped to [-clip, clip], before whitening, length control and the user's reward."""
+    clip: PositiveFloat | None = 5.0
+    """Rewards are clipped to [-clip, clip], before whitening, length control and the user's reward (none: no
+    clip). Left out, it is none for the forms `logit` and `bradley_terry` of a discriminator whose loss leaves
+    the zero of the scores open: the interval could lie anywhere."""
 
     whiten: Literal["off", "scale", "full"] = "off"
     """`scale` divides the discriminator's rewards by their standard deviation over the step, `full` subtracts
@@ -269,7 +275,9 @@ class DiscriminatorConfig(OptimizerConfig):
     many demonstrations as rollouts, drawn from all)."""
 
     min_demonstrations: PositiveInt = 16
-    """With pairing: demonstrations of other prompts are added where the batch's own are fewer than this."""
+    """With pairing: demonstrations of other prompts are added where the batch's own are fewer than this. With
+    `bradley_terry` each of these is compared with all of the step's rollouts, whatever their prompts; 1 keeps
+    that loss within prompts, as in `gad` and `rlhf`."""
 
     heldout_size: PositiveInt = 128
     """Held-out demonstrations (and rollouts) in one evaluation."""
@@ -300,6 +308,18 @@ class DiscriminatorConfig(OptimizerConfig):
     def _smoothing_where_there_are_targets(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("loss", "bce") not in ("bce", "least_squares"):
             return {"label_smoothing": 0.0} | given
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clip_where_there_is_a_zero(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("loss") not in SHIFT_FREE_LOSSES:
+            return given
+        reward = given.get("reward")
+        if isinstance(reward, RewardConfig):
+            reward = reward.model_dump(exclude_unset=True)
+        if isinstance(reward, dict) and reward.get("form") in RAW_FORMS:
+            return given | {"reward": {"clip": None} | reward}
         return given
 
     @model_validator(mode="after")

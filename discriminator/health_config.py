@@ -14,7 +14,9 @@ class HealthConfig(Section):
     rollouts."""
 
     enabled: bool = True
-    """Off: every policy step gets `steps_per_policy_step` discriminator steps."""
+    """Off: every policy step gets `steps_per_policy_step` discriminator steps, as in `gad`: a loss of
+    `bradley_terry` within prompts leaves the scores an offset per prompt, and the readings compare answers to
+    different prompts."""
 
     low_accuracy: Fraction = 0.55
     """Below this balanced accuracy the discriminator gets `extra_steps` more steps."""

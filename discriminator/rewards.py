@@ -77,7 +77,7 @@ def demonstration_score(scores: Sequence[float] | NDArray[np.floating], level: L
 def reward(
     score: Sequence[float] | NDArray[np.floating], config: RewardConfig, reference: float | None = None
 ) -> Array:
-    """The configured form of each score, clipped to [-clip, clip]; same shape, float64.
+    """The configured form of each score, clipped to [-clip, clip] (None: not clipped); same shape, float64.
 
     Args:
         score: of any shape.
@@ -96,7 +96,7 @@ def reward(
         values = relativistic(scores, reference)
     else:
         values = FORMS[config.form](scores)
-    return np.clip(values, -config.clip, config.clip)
+    return values if config.clip is None else np.clip(values, -config.clip, config.clip)
 
 
 def whitened(values: Array, config: RewardConfig) -> Array:

@@ -39,7 +39,8 @@ class DataConfig(Section):
     """
 
     prompts: str = ""
-    """Optional file of further prompts without responses; they are used for rollouts only."""
+    """Optional file of further prompts without responses; they are used for rollouts only. The discriminator
+    scores the answers to them but does not learn from them: the prompt alone would give the side away."""
 
     preferences: str = ""
     """Optional file or folder of preference pairs (prompt, chosen, rejected) for the reward model of

@@ -74,9 +74,18 @@ class DataSplits:
     reports: list[ReadReport] = field(default_factory=list)
 
     def rollout_prompts(self) -> pa.Table:
-        """Distinct prompts (PROMPT_SCHEMA) the policy may be trained on, sorted by prompt_id."""
+        """Distinct prompts the policy may be trained on, sorted by prompt_id: PROMPT_SCHEMA and
+        `demonstrated`, whether there is a training demonstration.
+        """
         both = pa.concat_tables([self.train.select(PROMPT_SCHEMA.names), self.extra_prompts])
-        return _first_of_each_prompt(both).sort_by("prompt_id")
+        prompts = _first_of_each_prompt(both).sort_by("prompt_id")
+        known = pc.is_in(prompts["prompt_id"], pc.unique(self.train["prompt_id"]))
+        return prompts.append_column("demonstrated", known)
+
+    def demonstrated_prompts(self) -> pa.Table:
+        """Those of `rollout_prompts` that have a training demonstration."""
+        prompts = self.rollout_prompts()
+        return prompts.filter(prompts["demonstrated"])
 
 
 def prompt_id(prompt_text: str) -> str:

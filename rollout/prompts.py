@@ -24,7 +24,8 @@ class PromptSource:
     >>> cursor = source.state()             # JSON-compatible; load_state(cursor) continues after it
 
     A step that crosses the end of an epoch goes on with the next one, so it may hold a prompt twice; the two
-    groups have different ids and seeds.
+    groups have different ids and seeds. Prompts with and without a demonstration lie evenly among each other:
+    n prompts in a row hold one with a demonstration wherever two are to be expected.
     """
 
     def __init__(
@@ -35,16 +36,24 @@ class PromptSource:
         seed: int,
         shuffle: bool = True,
     ) -> None:
-        """`prompts`: PROMPT_SCHEMA with distinct prompt ids. Raises DataError when there are none or one
-        repeats.
+        """`prompts`: PROMPT_SCHEMA with distinct prompt ids, and `demonstrated` (bool) where not all have a
+        demonstration. Raises DataError when there are none or one repeats.
         """
         if prompts.num_rows == 0:
             raise DataError("no prompts to roll out; check the training split and data.prompts")
-        self._prompts = prompts.select(["prompt_id", "prompt_text"]).sort_by("prompt_id")
+        prompts = prompts.sort_by("prompt_id")
+        self._prompts = prompts.select(["prompt_id", "prompt_text"])
         identifiers = self._prompts["prompt_id"].to_pylist()
         if len(set(identifiers)) != len(identifiers):
             raise DataError("the prompts of a prompt source must be distinct")
-        self._digest = hashlib.blake2b("\n".join(identifiers).encode(), digest_size=8).hexdigest()
+        self._demonstrated = np.ones(len(self), dtype=bool)
+        if "demonstrated" in prompts.column_names:
+            self._demonstrated = prompts["demonstrated"].to_numpy()
+        named = [
+            identifier if known else f"{identifier} alone"
+            for identifier, known in zip(identifiers, self._demonstrated, strict=True)
+        ]
+        self._digest = hashlib.blake2b("\n".join(named).encode(), digest_size=8).hexdigest()
         self._encode = encode
         self._group_size = group_size
         self._seed = seed
@@ -103,7 +112,13 @@ class PromptSource:
     def _epoch_order(self) -> np.ndarray:
         if not self._shuffle:
             return np.arange(len(self))
-        return np.random.Generator(np.random.PCG64([self._seed, self._epoch])).permutation(len(self))
+        rng = np.random.Generator(np.random.PCG64([self._seed, self._epoch]))
+        members, places = [], []
+        for kind in (np.flatnonzero(self._demonstrated), np.flatnonzero(~self._demonstrated)):
+            if len(kind):
+                members.append(kind[rng.permutation(len(kind))])
+                places.append((np.arange(len(kind)) + rng.random()) / len(kind))
+        return np.concatenate(members)[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def request_seed(seed: int, step: int, identifier: str, index: int) -> int:

@@ -4,14 +4,22 @@ likelihood. Read only, but for the baseline `sft`, which trains on those of the 
 
 import pyarrow as pa
 
+from discriminator.canonical import normalise
+from discriminator.config import CanonicalConfig
 from rollout.templates import Renderer
 
 TEXTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "human", "model")])
 
 
-def human_answers(split: pa.Table, renderer: Renderer, max_tokens: int) -> pa.Table:
-    """Columns group_id, prompt_ids, response_ids: each response with its end token, cut to `max_tokens`."""
-    encoded = renderer.tokenizer(split["response"].to_pylist(), add_special_tokens=False)["input_ids"]
+def human_answers(
+    split: pa.Table, renderer: Renderer, max_tokens: int, canonical: CanonicalConfig
+) -> pa.Table:
+    """Columns group_id, prompt_ids, response_ids: each response in the spelling that the discriminator reads,
+    with its end token, cut to `max_tokens`. Whitespace before a response stays as it is: there it belongs
+    between prompt and response, and the policy writes it too.
+    """
+    spelled = [_spelled(text, canonical) for text in split["response"].to_pylist()]
+    encoded = renderer.tokenizer(spelled, add_special_tokens=False)["input_ids"]
     responses = [[*ids, renderer.end_id][:max_tokens] for ids in encoded]
     prompts = [renderer.encode(text) for text in split["prompt_text"].to_pylist()]
     return pa.table(
@@ -21,6 +29,11 @@ def human_answers(split: pa.Table, renderer: Renderer, max_tokens: int) -> pa.Ta
             "response_ids": pa.array(responses, pa.list_(pa.int32())),
         }
     )
+
+
+def _spelled(text: str, canonical: CanonicalConfig) -> str:
+    before = text[: len(text) - len(text.lstrip())]
+    return before + normalise(text, canonical).text.lstrip()
 
 
 def first_prompts(split: pa.Table, prompts: int) -> pa.Table:

@@ -54,7 +54,10 @@ class Controller:
         """Response tokens per second of the generation that a step's batch came from."""
         self._cursors: dict[int, dict[str, Any]] = {}
         self._turns: deque[asyncio.Task[None]] = deque()
-        self._disc_metrics: dict[str, Any] = {}
+        self._untold: deque[dict[str, Any]] = deque()
+        """Metrics of the finished turns that no step has reported yet."""
+        self._policy_factor = 1.0
+        """What the last finished turn lets the policy do."""
 
     async def run(self, every_step: Callable[[int], Any]) -> None:
         """Train to `run.steps`; `every_step(step)` is awaited after each (evaluation, checkpoints)."""
@@ -63,7 +66,7 @@ class Controller:
             batch = await self.generate()
             scored = await self.score(batch)
             judged = self.discriminate(batch)
-            learned = await self.learn(scored, judged)
+            learned = await self.learn(scored)
             synced = await self.sync(self.step + 1)
             self.report(batch, scored, judged, learned, synced)
             self.step += 1
@@ -124,11 +127,10 @@ class Controller:
         scores, spans = [item["scores"] for item in answers], [item["spans"] for item in answers]
         return stamp(batch, version, scores, spans, level=settings.level, config=settings.reward, **inputs)
 
-    async def learn(self, scored: pa.Table, judged: dict[str, Any]) -> dict[str, Any]:
+    async def learn(self, scored: pa.Table) -> dict[str, Any]:
         """One policy update, slower or none where the health gate says so; returns the learner's metrics."""
-        factor = judged.get("policy_factor", 1.0)
         with self.timer("learn"):
-            metrics = (await self.system.learn(scored, self.step, factor))[0]
+            metrics = (await self.system.learn(scored, self.step, self._policy_factor))[0]
         for group in pc.unique(scored["group_id"]).to_pylist():
             self.ledger.train(group)
         self.timer.tokens("learn", response_tokens(scored))
@@ -143,17 +145,19 @@ class Controller:
 
     def discriminate(self, batch: pa.Table) -> dict[str, Any]:
         """Queue this step's discriminator turn; turns run one after another while the policy goes on. Returns
-        the metrics of the last finished one."""
+        the metrics of the first finished one that no step has reported, empty where there is none."""
         earlier = self._turns[-1] if self._turns else None
         self._turns.append(asyncio.create_task(self._discriminate(batch, self.step, earlier)))
-        return self._disc_metrics
+        return self._untold.popleft() if self._untold else {}
 
     async def _discriminate(self, batch: pa.Table, step: int, earlier: "asyncio.Task[None] | None") -> None:
         if earlier is not None:
             await earlier
         with self.timer("discriminate"):
-            self._disc_metrics = await self.system.discriminate(batch, step)
-        self.budget.discriminated(self._disc_metrics)
+            metrics = await self.system.discriminate(batch, step)
+        self._untold.append(metrics)
+        self._policy_factor = metrics.get("policy_factor", 1.0)
+        self.budget.discriminated(metrics)
 
     async def quiesce(self) -> None:
         """Wait for the discriminator's turns, so that a checkpoint holds one consistent state."""
@@ -232,7 +236,8 @@ class Controller:
             "ledger": self.ledger.state(),
             "timer": self.timer.state_dict(),
             "budget": self.budget.state(),
-            "disc_metrics": self._disc_metrics,
+            "untold_turns": list(self._untold),
+            "policy_factor": self._policy_factor,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -242,4 +247,5 @@ class Controller:
         self.ledger = Ledger(**state["ledger"])
         self.timer.load_state_dict(state["timer"])
         self.budget = Budget(**state["budget"])
-        self._disc_metrics = state["disc_metrics"]
+        self._untold = deque(state["untold_turns"])
+        self._policy_factor = state["policy_factor"]

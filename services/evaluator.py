@@ -207,9 +207,8 @@ class Evaluator:
         """`row` with the user's own measures of the answers in column `side` of `texts`."""
         if self._extra is None:
             return row
-        human = human_answers(
-            first_prompts(split, prompts), self.system.renderer, self.config.sampling.max_tokens
-        )
+        limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
+        human = human_answers(first_prompts(split, prompts), self.system.renderer, limit, canonical)
         answers = Answers(
             prompts=texts["prompt"].to_pylist(),
             human=texts["human"].to_pylist(),

@@ -9,6 +9,7 @@ STALE.
 import asyncio
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -30,10 +31,12 @@ class FleetError(RuntimeError):
 
 
 class RolloutFleet:
-    """All rollout workers of a run."""
+    """All rollout workers of a run that begins, or goes on, at step `start`."""
 
-    def __init__(self, config: Config, plan: ResourcePlan) -> None:
+    def __init__(self, config: Config, plan: ResourcePlan, start: int = 0) -> None:
         self.config = config
+        self.start_step = start
+        self.created = 0
         self.role = plan.role("rollout")
         self.device = plan.devices["rollout"]
         self.actors: list[Any] = [self._create(i) for i in range(self.role.count)]
@@ -45,6 +48,10 @@ class RolloutFleet:
             "OMP_NUM_THREADS": str(self.role.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }
+        # Requests without a seed draw from the engine's generator: with a seed used before, a worker that
+        # takes over or a resumed run would draw the noise of its beginning once more.
+        seed = np.random.SeedSequence([config.run.seed, index, self.start_step, self.created])
+        self.created += 1
         actor = ray.remote(RolloutWorker).options(
             num_cpus=self.role.cpus,
             num_gpus=self.role.gpus,
@@ -60,7 +67,7 @@ class RolloutFleet:
             device=self.device,
             max_model_len=config.max_model_len,
             threads=self.role.threads,
-            seed=config.run.seed + index,
+            seed=int(seed.generate_state(1)[0]),
             release_together=config.run.exact,
         )
 

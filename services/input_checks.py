@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from discriminator.config import DiscriminatorConfig
 from discriminator.external_reward import UserRewardError, load_user_reward
 from rollout.data import DataError, DataSplits, require_at_least
@@ -98,4 +101,19 @@ def check_data(config: Config, splits: DataSplits) -> None:
             8,
             f"{name} split",
             f"give more demonstrations or raise data.{name}_fraction",
+        )
+    if config.run.method != "sft" and not config.discriminator.frozen:
+        _check_demonstrated(config.run.prompts_per_step, splits.rollout_prompts())
+
+
+def _check_demonstrated(per_step: int, prompts: pa.Table) -> None:
+    """Each step has a prompt with a demonstration, as `PromptSource` lays them where two are to be expected:
+    without one the discriminator would have nothing to learn from."""
+    every, known = prompts.num_rows, pc.sum(prompts["demonstrated"]).as_py()
+    if known < every and known * per_step < 2 * every:
+        raise DataError(
+            f"data.prompts: {known} of {every} training prompts have demonstrations, and the discriminator "
+            f"learns from answers to these alone: fewer than 2 of run.prompts_per_step = {per_step} on "
+            f"average; raise that to {-(-2 * every // known)}, or give no more than "
+            f"{max(0, known * per_step // 2 - known)} prompts without a demonstration"
         )

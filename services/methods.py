@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from discriminator.config import DiscriminatorConfig
+
 if TYPE_CHECKING:
-    from discriminator.config import DiscriminatorConfig
     from services.config import Config
 
 Method = Literal["rlgaf", "gad", "sft", "rlhf"]
@@ -22,22 +23,25 @@ PRESETS: dict[Method, dict[str, Any]] = {
     # The defaults of every field.
     "rlgaf": {},
     # Generative adversarial distillation (arXiv 2511.10643): a sequence-level Bradley-Terry discriminator
-    # whose raw score is the reward, GRPO over eight answers, a small KL.
+    # whose raw score is the reward, GRPO over eight answers, a small KL. Its critic compares answers to one
+    # prompt, never to two, and no gate holds it.
     "gad": {
         "sampling": {"group_size": 8},
         "learner": {"advantage": "grpo", "loss": "ppo_clip", "kl_coef": 1e-3, "kl_estimator": "k3"},
         "discriminator": {
             "level": "sequence",
             "loss": "bradley_terry",
+            "min_demonstrations": 1,
             "steps_per_policy_step": 1,
+            "health": {"enabled": False},
             "reward": {"form": "bradley_terry"},
         },
     },
     # Supervised fine-tuning with early stopping; its settings are `learner.sft`.
     "sft": {},
     # A reward model, then PPO (Stiennon et al. 2020; Ouyang et al. 2022): one scalar a response minus the KL
-    # of every token, critic and GAE, whitened advantages. Centring holds the scores, whose zero is open, near
-    # it.
+    # of every token, critic and GAE, whitened advantages. The model compares answers to one prompt; centring
+    # holds its scores, whose zero is open, near it.
     "rlhf": {
         "learner": {
             "advantage": "gae",
@@ -52,6 +56,7 @@ PRESETS: dict[Method, dict[str, Any]] = {
             "frozen": True,
             "level": "sequence",
             "loss": "bradley_terry",
+            "min_demonstrations": 1,
             "score_centring": 0.01,
             "warmup_max_steps": 500,
             "warmup_accuracy": 1.0,
@@ -62,7 +67,9 @@ PRESETS: dict[Method, dict[str, Any]] = {
 }
 
 UNREAD_BY_SFT = (
-    "discriminator", "sampling.group_size", "data.prompts", "run.prompts_per_step",
+    *(f"discriminator.{name}" for name in DiscriminatorConfig.model_fields if name != "canonical"),
+    "discriminator.canonical.max_prompt_tokens", "discriminator.canonical.max_response_tokens",
+    "sampling.group_size", "data.prompts", "run.prompts_per_step",
     *(
         f"learner.{name}"
         for name in (
@@ -73,7 +80,7 @@ UNREAD_BY_SFT = (
         )
     ),
 )  # fmt: skip
-"""Fields and sections that `sft` has no use for."""
+"""Fields and sections that `sft` has no use for; of the discriminator it has the spelling."""
 
 
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def method_problems(config: "Config") -> list[str]:
     return problems
 
 
-def _pair_problems(judge: "DiscriminatorConfig") -> list[str]:
+def _pair_problems(judge: DiscriminatorConfig) -> list[str]:
     """Why a discriminator with these settings cannot be trained on preference pairs."""
     problems = []
     if judge.loss != "bradley_terry":

@@ -34,11 +34,15 @@ class PolicySide:
     policy_version: int
     """Version of the last `sync`, which every worker has; the learner's weights may be newer."""
 
-    def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
+    def __init__(
+        self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer, start: int = 0
+    ) -> None:
+        """`start`: the step that the run goes on from."""
         self.config = config
         self.plan = plan
         self.splits = splits
         self.renderer = renderer
+        self.start_step = start
         self.policy_version = 0
         self.replacements = 0
         self.sync_failures = 0
@@ -53,7 +57,7 @@ class PolicySide:
 
     def _start_policy(self, say: Callable[[str], None]) -> list[Awaitable[Any]]:
         """Create fleet and learner; what to wait for until they are up. `_connect` comes next."""
-        self.fleet = RolloutFleet(self.config, self.plan)
+        self.fleet = RolloutFleet(self.config, self.plan, self.start_step)
         self.learner = TrainerGroup(
             "learner", LearnerRank, self._learner_config(), self._group_plan("learner")
         )
@@ -156,7 +160,8 @@ class PolicySide:
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
-        table = human_answers(first_prompts(split, prompts), self.renderer, self.config.sampling.max_tokens)
+        limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
+        table = human_answers(first_prompts(split, prompts), self.renderer, limit, canonical)
         timeout = self.config.learner.step_timeout_s
         return (await self.learner.call("mean_nll", timeout_s=timeout, table=ray.put(table)))[0]
 

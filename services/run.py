@@ -145,11 +145,11 @@ class _Run:
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.exported = RunMetrics(config)
         self.tracker = tracker
-        self.system, self.controller, self.watch = self._parts(plan, splits, renderer)
+        self.system, self.controller, self.watch = self._parts(plan, splits, renderer, start)
         self.evaluator = Evaluator(config, self.system, self.display.note)
 
     def _parts(
-        self, plan: ResourcePlan, splits: DataSplits, renderer: Renderer
+        self, plan: ResourcePlan, splits: DataSplits, renderer: Renderer, start: int
     ) -> "tuple[System | SupervisedSystem, Controller | SupervisedController, Watch]":
         """Processes, loop and watch of the run's method."""
         from services.controller import Controller
@@ -159,10 +159,10 @@ class _Run:
         from services.watching.watch import Watch
 
         if self.config.run.method == "sft":
-            trained = SupervisedSystem(self.config, plan, splits, renderer)
+            trained = SupervisedSystem(self.config, plan, splits, renderer, start)
             supervised = SupervisedController(self.config, trained, self.observe, self.display.phase)
             return trained, supervised, SupervisedWatch(self.config, trained)
-        system = System(self.config, plan, splits, renderer)
+        system = System(self.config, plan, splits, renderer, start)
         controller = Controller(self.config, system, self.observe, self.display.phase)
         return system, controller, Watch(self.config, system)
 

@@ -48,7 +48,7 @@ def evaluate_model(config: Config, json_out: Path | None, test_split: bool) -> N
     responses = asyncio.run(_sample(config, requests, sampling))
     texts = side_by_side(human, responses, renderer)
     identifiers, prompts, person, model = (texts[name].to_pylist() for name in TEXTS.names)
-    tokens = human_answers(human, renderer, limit)
+    tokens = human_answers(human, renderer, limit, config.discriminator.canonical)
     nll = mean_nll(config.policy, config.learner, tokens, temperature=config.sampling.temperature)
     embed = make_embedder(
         settings.embedding_model,

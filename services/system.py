@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from discriminator.buffer import ReplayBuffer
@@ -43,8 +44,10 @@ class System(PolicySide):
     disc_version: int
     """Newest published discriminator version."""
 
-    def __init__(self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer) -> None:
-        super().__init__(config, plan, splits, renderer)
+    def __init__(
+        self, config: Config, plan: ResourcePlan, splits: DataSplits, renderer: Renderer, start: int = 0
+    ) -> None:
+        super().__init__(config, plan, splits, renderer, start)
         self.disc_version = 0
         self.app = f"rlgaf-{config.run.name}"
         self.scorer: Any = None
@@ -181,9 +184,11 @@ class System(PolicySide):
         )
 
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
-        """The discriminator's turn of `step` on these rollouts and a replay; publishes version step + 1. A
-        frozen one judges, keeps no replay, and its version step + 1 is version 0 again."""
+        """The discriminator's turn of `step` on a replay and on those of these rollouts whose prompt has a
+        demonstration; publishes version step + 1. A frozen one judges them all, keeps no replay, and its
+        version step + 1 is version 0 again."""
         settings = self.config.discriminator
+        batch = batch if settings.frozen else self._demonstrated(batch)
         fresh = ray.put(batch)
         rollouts = fresh if settings.frozen else ray.put(await self._replayed(batch, step))
         metrics = await self.discriminator.call(
@@ -203,6 +208,12 @@ class System(PolicySide):
             "buffer": await within(BUFFER_S, "asking the replay buffer", self.buffer.stats.remote()),
         }
 
+    def _demonstrated(self, rollouts: pa.Table) -> pa.Table:
+        """The rollouts whose prompt has a training demonstration. From the others a discriminator would learn
+        that answers to such prompts are never human, whatever they say.
+        """
+        return rollouts.filter(pc.is_in(rollouts["prompt_id"], pc.unique(self.splits.train["prompt_id"])))
+
     async def _replayed(self, batch: pa.Table, step: int) -> pa.Table:
         """Put a step's rollouts into the replay buffer, and draw from it what the turn trains on."""
         settings, seed = self.config.discriminator, self.config.run.seed
@@ -221,13 +232,12 @@ class System(PolicySide):
         if self.splits.preferences.num_rows:
             return await self._warm_up_on_preferences(say)
         settings, run = self.config.discriminator, self.config.run
-        source = PromptSource(
-            self.splits.rollout_prompts(), self.renderer.encode, self.config.sampling.group_size, run.seed + 1
-        )
+        size = self.config.sampling.group_size
+        source = PromptSource(self.splits.demonstrated_prompts(), self.renderer.encode, size, run.seed + 1)
         wanted = settings.batch_size * min(settings.warmup_max_steps, 16) + settings.heldout_size
-        prompts = max(1, min(len(source), -(-wanted // self.config.sampling.group_size)))
+        prompts = max(1, min(len(source), -(-wanted // size)))
         what = "training the reward model" if settings.frozen else "warming the discriminator up"
-        say(f"{what} on {prompts * self.config.sampling.group_size} base rollouts")
+        say(f"{what} on {prompts * size} base rollouts")
         rollouts = await self.generate(source.next(prompts, 0), 0)
         apart = min(settings.heldout_size, rollouts.num_rows // 4)
         metrics = await self.discriminator.call(
@@ -265,8 +275,8 @@ class System(PolicySide):
         return metrics[0] | {"rollout_tokens": 0}
 
     async def base_samples(self, count: int) -> pa.Table:
-        """About `count` base responses over the training prompts, for the audit."""
-        prompts = self.splits.rollout_prompts()
+        """About `count` base responses over the demonstrations' training prompts, for the audit."""
+        prompts = self.splits.demonstrated_prompts()
         each = -(-count // prompts.num_rows)
         source = PromptSource(prompts, self.renderer.encode, each, self.config.run.seed + 2)
         return await self.generate(source.next(-(-count // each), 0), 0)

@@ -106,7 +106,8 @@ class OneProcessPolicy(PolicySide):
         return self.sampler(requests, version=self.policy_version, temperature=settings.temperature)
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
-        table = human_answers(first_prompts(split, prompts), self.renderer, self.config.sampling.max_tokens)
+        limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
+        table = human_answers(first_prompts(split, prompts), self.renderer, limit, canonical)
         return -float(np.concatenate(self.policy.response_logprobs(table)).mean())
 
     async def export(self, folder: Path) -> None:
@@ -170,6 +171,7 @@ class OneProcessSystem(OneProcessPolicy, System):
 
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
         settings, seed = self.config.discriminator, self.config.run.seed
+        batch = batch if settings.frozen else self._demonstrated(batch)
         rollouts = batch
         if not settings.frozen:
             self.buffer.add(batch, step)
@@ -188,7 +190,7 @@ class OneProcessSystem(OneProcessPolicy, System):
     async def warm_up(self, say: Callable[[str], None]) -> dict[str, Any]:
         settings, run = self.config.discriminator, self.config.run
         size = self.config.sampling.group_size
-        source = PromptSource(self.splits.rollout_prompts(), self.renderer.encode, size, run.seed + 1)
+        source = PromptSource(self.splits.demonstrated_prompts(), self.renderer.encode, size, run.seed + 1)
         wanted = settings.batch_size * min(settings.warmup_max_steps, 16) + settings.heldout_size
         prompts = max(1, min(len(source), -(-wanted // size)))
         rollouts = await self.generate(source.next(prompts, 0), 0)

@@ -16,6 +16,7 @@ price, which is why the headline is to be read beside it.
 """
 
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,12 @@ Normalise = Callable[[str], str]
 START, END = "\x02", "\x03"
 
 
-def collapse_whitespace(text: str) -> str:
-    """Strip the text and turn every run of whitespace into one space."""
-    return " ".join(text.split())
+def one_spelling(text: str) -> str:
+    """What is left of a text where spelling counts for nothing: composed (NFC), without the replacement
+    characters at its end (bytes of a character that a length limit split), outer whitespace stripped and
+    every other run of it one space. The discriminator cannot teach what this removes.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).rstrip("\ufffd").split())
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def c2st(
     folds: int = 5,
     bootstrap: int = 1000,
     seed: int = 0,
-    normalise: Normalise = collapse_whitespace,
+    normalise: Normalise = one_spelling,
 ) -> C2ST:
     """Test `first[i]` against `second[i]`, two answers to prompt `prompt_ids[i]`; embeddings are [n, d].
 
@@ -104,7 +108,7 @@ def human_floor(
     folds: int = 5,
     bootstrap: int = 1000,
     seed: int = 0,
-    normalise: Normalise = collapse_whitespace,
+    normalise: Normalise = one_spelling,
 ) -> C2ST:
     """The same test with human answers on both sides: half of the prompts against the other half.
 

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import pairwise_distances
 
 from services.evaluation import text_metrics
-from services.evaluation.c2st import C2ST, Normalise, c2st, collapse_whitespace, human_floor
+from services.evaluation.c2st import C2ST, Normalise, c2st, human_floor, one_spelling
 from services.evaluation.config import EvaluationConfig
 from services.evaluation.mauve import mauve
 
@@ -31,7 +31,7 @@ def evaluate_texts(
     nll: float,
     cfg: EvaluationConfig,
     embed: Embed | None = None,
-    normalise: Normalise = collapse_whitespace,
+    normalise: Normalise = one_spelling,
 ) -> Row:
     """Measure a policy: `generated[i]` and `human[i]` answer prompt `prompt_ids[i]`.
 
@@ -87,7 +87,7 @@ def human_row(
     nll: float,
     cfg: EvaluationConfig,
     embed: Embed | None = None,
-    normalise: Normalise = collapse_whitespace,
+    normalise: Normalise = one_spelling,
 ) -> Row:
     """The humans in the policy's place: what the same instruments say when there is nothing to find.
 

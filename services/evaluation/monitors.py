@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from services.evaluation import text_metrics
-from services.evaluation.c2st import Normalise, collapse_whitespace
+from services.evaluation.c2st import Normalise, one_spelling
 
 
 def evaluation_monitors(
@@ -27,7 +27,7 @@ def evaluation_monitors(
     embed: Callable[..., NDArray] | None = None,
     *,
     seed: int = 0,
-    normalise: Normalise = collapse_whitespace,
+    normalise: Normalise = one_spelling,
 ) -> dict[str, float]:
     """`text_monitors` of an evaluation, given as to `evaluate_texts`: a prompt counts with its first row."""
     first: dict[str, int] = {}

@@ -51,7 +51,12 @@ class SupervisedController:
         self.timer = PhaseTimer(entered=entered)
         self.budget = Budget()
         self.early = EarlyStopping(self.settings.patience)
-        self.examples = human_answers(system.splits.train, system.renderer, config.sampling.max_tokens)
+        self.examples = human_answers(
+            system.splits.train,
+            system.renderer,
+            config.sampling.max_tokens,
+            config.discriminator.canonical,
+        )
         self.step = 0
         self.running = False
         self.stopping = False

@@ -27,7 +27,7 @@ class AlarmBounds:
     """When the checks speak up."""
 
     window: int = 10
-    """Rows that a trend is judged on."""
+    """Rows with a metric that its trend is judged on."""
     reward_spread: float = 1e-4
     """Reward is flat when its standard deviation within a batch stays below this."""
     accuracy: float = 0.98
@@ -100,7 +100,7 @@ def discriminator_saturated(rows: Rows, bounds: AlarmBounds) -> str | None:
     """`discriminator/accuracy_heldout` is pinned near 1: a shortcut, or a policy left behind."""
     values = _recent(rows, "discriminator/accuracy_heldout", bounds.window)
     if values and min(values) > bounds.accuracy:
-        return f"held-out discriminator accuracy above {bounds.accuracy:g} for {len(values)} steps"
+        return f"held-out discriminator accuracy above {bounds.accuracy:g} for {len(values)} turns"
     return None
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from discriminator.config import DiscriminatorConfig
+from discriminator.config import DiscriminatorConfig, RewardConfig
 
 
 def test_defaults_follow_the_calibration() -> None:
@@ -59,6 +59,31 @@ def test_contradictions_are_refused(fields, message) -> None:
 def test_sound_combinations_and_their_smoothing(fields, smoothing) -> None:
     config = DiscriminatorConfig(**fields)
     assert config.label_smoothing == smoothing
+    assert DiscriminatorConfig(**config.model_dump()) == config
+
+
+BT = {"loss": "bradley_terry"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "clip"),
+    [
+        (BT | {"reward": {"form": "bradley_terry"}}, None),
+        (BT | {"reward": RewardConfig(form="logit")}, None),
+        ({"loss": "wasserstein", "spectral_norm": 1.0, "reward": {"form": "logit"}}, None),
+        (BT | {"reward": {"form": "bradley_terry"}, "score_centring": 0.1}, None),
+        (BT | {"reward": {"form": "bradley_terry", "clip": 3.0}}, 3.0),
+        (BT | {"reward": RewardConfig(form="bradley_terry", clip=5.0)}, 5.0),
+        (BT | {"reward": {"form": "relativistic"}}, 5.0),
+        (BT | {"score_centring": 0.1}, 5.0),
+        ({"reward": {"form": "logit"}}, 5.0),
+        ({"reward": {"form": "logit", "clip": "none"}}, None),
+        ({}, 5.0),
+    ],
+)
+def test_a_score_without_a_zero_is_not_clipped_around_it_unless_said(fields, clip) -> None:
+    config = DiscriminatorConfig(**fields)
+    assert config.reward.clip == clip
     assert DiscriminatorConfig(**config.model_dump()) == config
 
 

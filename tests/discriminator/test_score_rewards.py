@@ -52,6 +52,11 @@ def test_sequence_level_rewards_the_last_token_only() -> None:
     np.testing.assert_allclose(out, [0, 0, -1])
 
 
+def test_without_a_clip_a_raw_score_stays_what_it_is() -> None:
+    config = RewardConfig(form="bradley_terry", clip=None)
+    assert reward([-40.0, 0.0, 1e4], config).tolist() == [-40.0, 0.0, 1e4]
+
+
 def test_token_level_spreads_clipped_prefix_rewards() -> None:
     config = RewardConfig(form="logit", clip=2.0)
     out = token_rewards([5.0, -1.0, 0.5], [(0, 1), (1, 2), (2, 2)], [2, 2], level="token", config=config)

@@ -243,6 +243,11 @@ def test_prompts_only_file_never_brings_in_an_evaluation_prompt(tmp_path: Path) 
     rollout = splits.rollout_prompts()
     assert set(rollout["prompt"].to_pylist()) == {f"prompt {i}" for i in range(150)} - judged
     assert rollout["prompt_id"].to_pylist() == sorted(set(rollout["prompt_id"].to_pylist()))
+    own = set(splits.train["prompt"].to_pylist())
+    assert [row["prompt"] in own for row in rollout.to_pylist()] == rollout["demonstrated"].to_pylist()
+    assert splits.demonstrated_prompts().equals(
+        load_data(DataConfig(demonstrations=str(demonstrations)), Words()).rollout_prompts()
+    )
     leaked = len(judged & {f"prompt {i}" for i in range(50, 100)})
     assert splits.reports[1].skipped == {
         "prompt belongs to an evaluation split of the demonstrations": leaked

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
@@ -52,6 +53,46 @@ def test_every_epoch_is_another_permutation_whatever_the_file_order() -> None:
     assert ids(two.next(4, 0)) + ids(two.next(11, 1)) == first + second[:5]
     assert two.epoch == 1
     assert ids(source(table, seed=1).next(10, 0)) != first
+
+
+def some_demonstrated(count: int, known: int) -> pa.Table:
+    """Prompts of which `known`, anywhere among them by id, have a demonstration."""
+    return prompts(count).append_column("demonstrated", pa.array([i < known for i in range(count)]))
+
+
+def test_prompts_that_all_have_a_demonstration_keep_their_plain_shuffled_order() -> None:
+    table = prompts(50).sort_by("prompt_id")
+    drawn = source(table, seed=3)
+    for epoch in range(3):
+        plain = np.random.Generator(np.random.PCG64([3, epoch])).permutation(50)
+        assert ids(drawn.next(50, epoch)) == ids(table.take(plain))
+    marked = source(some_demonstrated(50, 50), seed=3)
+    assert marked.state() == source(table, seed=3).state()
+    assert ids(marked.next(60, 0)) == ids(source(table, seed=3).next(60, 0))
+
+
+@pytest.mark.parametrize(("count", "known", "per_step"), [(40, 5, 16), (41, 3, 28), (9, 8, 3), (30, 1, 60)])
+def test_every_step_has_a_prompt_with_a_demonstration_where_two_are_to_be_expected(
+    count: int, known: int, per_step: int
+) -> None:
+    table = some_demonstrated(count, known)
+    own = set(ids(table)[:known])
+    for seed in range(20):
+        drawn = source(table, seed=seed)
+        passes = [ids(drawn.next(count, 0)) for _ in range(8)]
+        assert all(sorted(one) == sorted(ids(table)) for one in passes)
+        assert passes[0] != passes[1]
+        row = [name in own for one in passes for name in one]
+        windows = [sum(row[at : at + per_step]) for at in range(len(row) - per_step)]
+        assert min(windows) >= 1
+        inside = [sum(row[at : at + per_step]) for at in range(count - per_step)]
+        assert not inside or max(inside) - min(inside) <= 2
+
+
+def test_a_cursor_is_refused_when_another_prompt_has_lost_its_demonstration() -> None:
+    state = source(some_demonstrated(10, 4)).state()
+    with pytest.raises(DataError, match="training prompts"):
+        source(some_demonstrated(10, 5)).load_state(state)
 
 
 @pytest.mark.parametrize("taken", [0, 3, 10, 13])  # 10: exactly the end of an epoch

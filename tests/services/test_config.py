@@ -215,8 +215,10 @@ def test_a_template_says_nothing_until_its_lines_are_uncommented(tmp_path):
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.stem)
-def test_examples_load_and_go_round(tmp_path, example):
-    config = load(example)
+@pytest.mark.parametrize("method", ["rlgaf", "gad", "rlhf"])
+def test_examples_load_and_go_round(tmp_path, example, method):
+    config = load(example, [f"--run.method={method}"])
+    assert config.discriminator.reward.clip == (5.0 if method == "rlgaf" else None)
     (tmp_path / "run.toml").write_text(to_toml(config))
     assert load(tmp_path / "run.toml") == config
 

@@ -397,6 +397,57 @@ def test_discriminator_metrics_are_those_of_the_last_finished_turn():
     ]
 
 
+@pytest.mark.parametrize(("judging", "learning"), [(12, 1), (3, 4)])
+@pytest.mark.parametrize("stop", [0, 4])
+def test_with_a_lag_every_turn_is_reported_once_and_in_order(judging, learning, stop):
+    """Also over a stop, whose checkpoint waits for the turns, and a resume."""
+    config = configuration(steps=12, max_disc_lag=2)
+    machine = Machine(generating=1, learning=learning, judging=judging)
+    controller, observed = drive(machine, config, each=stop_after(stop or 12))
+    if stop:
+        machine = Machine(generating=1, learning=learning, judging=judging)
+        machine.serving = machine.learned = machine.disc_version = stop
+        state = json.loads(json.dumps(controller.state()))
+        controller, later = drive(machine, config, state=state)
+        observed |= later
+    told = [row["discriminator"]["turn"] for row in observed.values() if row["discriminator"]]
+    told += [turn["turn"] for turn in controller.state()["untold_turns"]]
+    assert told == [float(turn) for turn in range(12)]
+    assert all(row["discriminator"].get("turn", -1) < step - 1 for step, row in observed.items())
+    if judging == 12 and not stop:
+        assert not all(row["discriminator"] for row in list(observed.values())[1:]), "some have none"
+
+
+class Gated(Machine):
+    """A health gate that allows the policy half its rate after the second turn."""
+
+    def __init__(self, **ticks: int) -> None:
+        super().__init__(**ticks)
+        self.factors: list[tuple[int, float]] = []
+
+    async def learn(self, scored: pa.Table, step: int, lr_factor: float) -> list[dict[str, float]]:
+        self.factors.append((self.disc_version, lr_factor))
+        return await super().learn(scored, step, 1.0)
+
+    async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
+        return await super().discriminate(batch, step) | {"policy_factor": 0.5 if step == 1 else 1.0}
+
+
+@pytest.mark.parametrize("disc_lag", [0, 2])
+def test_what_a_turn_lets_the_policy_do_holds_until_the_next_one(disc_lag):
+    config = configuration(steps=6, max_disc_lag=disc_lag)
+    machine, first, second = (Gated(generating=1, learning=1, judging=8) for _ in range(3))
+    drive(machine, config)
+    assert [factor for _, factor in machine.factors] == [
+        0.5 if version == 2 else 1.0 for version, _ in machine.factors
+    ]
+    assert 2 in [version for version, _ in machine.factors]
+    stopped, _ = drive(first, config, each=stop_after(2))
+    second.serving = second.learned = second.disc_version = 2
+    drive(second, config, state=json.loads(json.dumps(stopped.state())))
+    assert second.factors[0] == (2, 0.5)
+
+
 def test_rewards_come_from_the_version_that_is_stamped():
     machine = Machine()
     drive(machine, configuration(steps=4))

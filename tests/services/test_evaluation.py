@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from discriminator.canonical import normalise
+from discriminator.config import CanonicalConfig
 from services.evaluation import text_metrics
-from services.evaluation.c2st import assign_folds, c2st, collapse_whitespace, human_floor, prompt_interval
+from services.evaluation.c2st import assign_folds, c2st, human_floor, one_spelling, prompt_interval
 from services.evaluation.config import EvaluationConfig
 from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import KEYS, coverage, evaluate_texts, human_row, selection_key
+from services.evaluation.monitors import evaluation_monitors
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ru", "te", "va") for b in ("n", "s", "rt", "ll", "x", "d")]
 
@@ -73,7 +76,17 @@ def test_whitespace_is_not_a_clue() -> None:
     human = sentences(120, 0)
     result = c2st(IDS, human, [f" {text.replace(' ', '  ')}\n" for text in sentences(120, 1)], bootstrap=200)
     assert abs(result.accuracy - 0.5) < 0.15
-    assert collapse_whitespace(" a\t b\n") == "a b"
+    assert one_spelling(" a\t b\n") == "a b"
+
+
+def test_spelling_that_the_discriminator_does_not_read_is_no_clue_and_hides_no_copy() -> None:
+    human = [f"{text} façade" for text in sentences(120, 0)]
+    model = [f"{text} fac\u0327ade \ufffd\ufffd" for text in sentences(120, 1)]
+    assert abs(c2st(IDS, human, model, bootstrap=200).accuracy - 0.5) < 0.15
+    assert one_spelling(model[0]) == normalise(model[0], CanonicalConfig(), complete=False).text
+    assert one_spelling("a\ufffdb") == "a\ufffdb"
+    copied = [f"{text[:-6]}fac\u0327ade" for text in human]
+    assert evaluation_monitors(IDS, copied, human, human)["copy_rate"] == 1.0
 
 
 def test_copies_of_the_human_answers_are_at_chance_exactly() -> None:

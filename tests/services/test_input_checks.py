@@ -1,16 +1,14 @@
 """Too little data is named before anything starts, by the setting that the method reads."""
 
-from types import SimpleNamespace
-
 import pyarrow as pa
 import pytest
 
-from rollout.data import DataError
+from rollout.data import PROMPT_SCHEMA, DataError, DataSplits
 from services.config import load
 from services.input_checks import check_data
 
 
-def splits(**rows: int) -> SimpleNamespace:
+def splits(**rows: int) -> DataSplits:
     counts = {
         "train": 64,
         "heldout": 8,
@@ -18,8 +16,10 @@ def splits(**rows: int) -> SimpleNamespace:
         "test": 8,
         "preferences": 64,
         "heldout_preferences": 8,
+        "extra_prompts": 0,
     }
-    return SimpleNamespace(**{name: pa.table({"x": [0] * n}) for name, n in (counts | rows).items()})
+    names = {name: [f"{name} {i}" for i in range(n)] for name, n in (counts | rows).items()}
+    return DataSplits(**{name: pa.table([ids] * 3, schema=PROMPT_SCHEMA) for name, ids in names.items()})
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,11 @@ def splits(**rows: int) -> SimpleNamespace:
             {"heldout_preferences": 7},
             r"held-out preference pairs: 7 rows.*data\.heldout_fraction",
         ),
+        (
+            ["--run.prompts_per_step=8"],
+            {"extra_prompts": 193},
+            r"data\.prompts: 64 of 257 .*run\.prompts_per_step = 8 .*to 9, or .*no more than 192 prompts",
+        ),
     ],
 )
 def test_too_few_rows_are_refused(words, rows, message):
@@ -45,3 +50,17 @@ def test_too_few_rows_are_refused(words, rows, message):
     with pytest.raises(DataError, match=message):
         check_data(config, splits(**rows))
     check_data(config, splits())
+
+
+@pytest.mark.parametrize(
+    ("words", "further"),
+    [
+        (["--run.prompts_per_step=8"], 192),
+        (["--run.prompts_per_step=1"], 0),
+        (["--run.prompts_per_step=8", "--run.method=sft"], 9999),
+        (["--run.prompts_per_step=8", "--run.method=rlhf"], 9999),
+    ],
+)
+def test_further_prompts_are_limited_only_where_a_discriminator_learns_along(words, further):
+    config = load(None, ["--policy.model=m", "--data.demonstrations=d", *words])
+    check_data(config, splits(extra_prompts=further))

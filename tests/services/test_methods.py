@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
+from discriminator.draws import demonstration_rows
+from discriminator.losses import balanced_weights, pair_weights
 from services.config import Config, ConfigError, field_paths, load
 from services.methods import PRESETS, UNREAD_BY_SFT, method_title, not_read
 from services.plan import resource_plan
@@ -102,8 +107,11 @@ def test_one_file_serves_every_method_and_what_is_not_read_is_named(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         "[learner]\nlr = 1e-4\nkl_coef = 0.1\n[learner.sft]\npatience = 2\n[discriminator]\nlr = 1e-3\n"
+        "[discriminator.canonical]\nwhitespace = 'outer'\nmax_prompt_tokens = 9\n"
     )
-    assert not_read(load(file, [*NEEDED, "--run.method=sft"])) == ["discriminator", "learner.kl_coef"]
+    assert not_read(load(file, [*NEEDED, "--run.method=sft"])) == [
+        "discriminator.lr", "discriminator.canonical.max_prompt_tokens", "learner.kl_coef"
+    ]  # fmt: skip
     assert not_read(load(file, NEEDED)) == ["learner.sft"]
     assert not_read(load(None, [*NEEDED, "--run.method=sft"])) == []
     assert set(UNREAD_BY_SFT) <= field_paths().keys()
@@ -175,6 +183,26 @@ def test_every_example_serves_every_method(example, method):
     if method == "gad":
         assert config.sampling.group_size == 8
         assert config.learner.advantage == "grpo"
+
+
+@pytest.mark.parametrize("method", ["gad", "rlhf"])
+@pytest.mark.parametrize("example", [None, *sorted((ROOT / "examples").glob("*.toml"))])
+def test_gad_and_a_reward_model_compare_answers_to_one_prompt_alone(method, example):
+    judge = load(example, [*NEEDED, f"--run.method={method}"]).discriminator
+    rollouts = pa.table({"prompt_id": [f"p{row // 4}" for row in range(32)]})
+    written = pa.table({"prompt_id": [f"p{row}" for row in range(200)]})
+    rows = demonstration_rows(
+        rollouts,
+        written,
+        paired=judge.pair_demonstrations,
+        at_least=judge.min_demonstrations,
+        rng=np.random.default_rng(0),
+    )
+    prompts = torch.tensor([*rows, *(row // 4 for row in range(32))])
+    sides = torch.arange(len(prompts)) < len(rows)
+    pairs = pair_weights(sides, balanced_weights(sides), prompts)
+    assert pairs[prompts[:, None] == prompts[None, :]].sum() == pytest.approx(1.0)
+    assert judge.frozen or not judge.health.enabled, "its readings compare answers across prompts"
 
 
 @pytest.mark.parametrize("method", ["rlgaf", "sft", "rlhf"])

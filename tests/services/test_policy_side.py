@@ -271,3 +271,36 @@ def test_too_many_replacements_end_the_run_with_the_last_reason(start):
         assert side.sync_failures == 3
 
     asyncio.run(scenario())
+
+
+def test_no_worker_draws_the_noise_of_one_before_it(monkeypatch):
+    """Not after a replacement, nor in a resumed run, nor in a run with the next seed."""
+    given: list[int] = []
+
+    async def seeds(seed: int, start: int) -> list[int]:
+        up = asyncio.Event()
+        up.set()
+
+        def created(*_: Any, seed: int, **__: Any) -> Worker:
+            given.append(seed)
+            return Worker(up)
+
+        actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=created))
+        monkeypatch.setattr("services.fleet.ray.remote", lambda _: actor)
+        monkeypatch.setattr("services.fleet.ray.kill", lambda worker: None)
+        monkeypatch.setattr("services.policy_side.TrainerGroup", lambda *_: SimpleNamespace(start=settled))
+        given.clear()
+        words = ["--policy.model=m", "--data.demonstrations=d", "--rollout.workers=2", f"--run.seed={seed}"]
+        config = load(None, words)
+        side = PolicySide(config, resource_plan(config, gpus=0, cores=2), None, None, start)  # type: ignore[arg-type]
+        await asyncio.gather(*side._start_policy(lambda line: None))
+        await side.fleet.replace([1])
+        await side.fleet.replace([1, 0])
+        return list(given)
+
+    begun = asyncio.run(seeds(0, 0))
+    others = [asyncio.run(seeds(*which)) for which in ((0, 50), (0, 100), (1, 0))]
+    assert asyncio.run(seeds(0, 0)) == begun, "the same run begins alike"
+    drawn = [seed for run in (begun, *others) for seed in run]
+    assert len(set(drawn)) == len(drawn) == 4 * 5
+    assert all(0 <= seed < 2**32 for seed in drawn), "what numpy takes, which the engine seeds too"

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from discriminator.config import CanonicalConfig
+from rollout.config import DataConfig, PolicyConfig
 from rollout.data import load_data
 from rollout.templates import Renderer, load_tokenizer
 from services.answers import human_answers
@@ -128,17 +130,38 @@ def test_examples_are_the_training_answers_as_the_evaluation_spells_them(files):
     config = configuration(*files, **{"run.steps": 3})
     machine = Machine(config, FALLING)
     drive(machine, config)
-    expected = human_answers(machine.splits.train, machine.renderer, 6)
+    expected = human_answers(machine.splits.train, machine.renderer, 6, config.discriminator.canonical)
     end = machine.renderer.end_id
     rows = {json.dumps(row) for row in expected.to_pylist()}
     for table in machine.trained:
         assert table.num_rows == 16
         assert {json.dumps(row) for row in table.to_pylist()} <= rows
-    held = human_answers(machine.splits.selection, machine.renderer, 6)["group_id"].to_pylist()
+    held = machine.splits.selection["prompt_id"].to_pylist()
     assert not {g for table in machine.trained for g in table["group_id"].to_pylist()} & set(held)
     texts = machine.splits.train["response"].to_pylist()
     for text, ids in zip(texts, expected["response_ids"].to_pylist(), strict=True):
         assert ids == [*machine.renderer.tokenizer(text, add_special_tokens=False)["input_ids"], end][:6]
+
+
+@pytest.mark.parametrize(
+    ("said", "whitespace", "learned"),
+    [
+        (" fac\u0327ade\u2028of  stone \n", "collapse", " façade\nof stone"),
+        (" fac\u0327ade\u2028of  stone \n", "outer", " façade\nof  stone"),
+        ("  of  stone ", "off", "  of  stone "),
+        (" of stone", "collapse", " of stone"),
+    ],
+)
+def test_human_answers_are_spelled_as_the_discriminator_reads_them(tiny_model, said, whitespace, learned):
+    """But for the whitespace that joins them to their prompts."""
+    policy = PolicyConfig(model=str(tiny_model))
+    renderer = Renderer(load_tokenizer(policy), DataConfig(), policy)
+    split = pa.table({"prompt_id": ["a"], "prompt_text": ["the cat"], "response": [said]})
+    ids = human_answers(split, renderer, 99, CanonicalConfig(whitespace=whitespace))["response_ids"][
+        0
+    ].as_py()
+    assert renderer.tokenizer.decode(ids[:-1]) == learned
+    assert ids[-1] == renderer.end_id
 
 
 def test_every_epoch_holds_every_example_once_in_an_order_of_its_own():
