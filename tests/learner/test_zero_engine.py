@@ -42,13 +42,10 @@ def assert_same(actual, expected, tolerance=2e-6):
 
 
 @pytest.fixture(scope="module")
-def reference_update(tiny_model, make_table):
-    from conftest import UNEVEN
-
-    table = make_table(UNEVEN)
-    learner, metrics = two_updates(tiny_model, table, **SETTINGS, **UNSPLIT)
+def reference_update(tiny_model, uneven_table):
+    learner, metrics = two_updates(tiny_model, uneven_table, **SETTINGS, **UNSPLIT)
     assert metrics[0]["micro_batches"] == 1
-    return table, whole_weights(learner), metrics
+    return uneven_table, whole_weights(learner), metrics
 
 
 def by_plain_pytorch(tiny_model, table):
