@@ -37,7 +37,7 @@ def by_number(results: Sequence[Result], of: Callable[[Result], float | None]) -
 
 
 def chart(
-    panels: Mapping[str, Mapping[str, Band]], *, width: int = 760, height: int = 250, x_label: str = "step"
+    panels: Mapping[str, Mapping[str, Band]], *, width: int = 800, height: int = 250, x_label: str = "step"
 ) -> str:
     """Panels below one another, each with its own y range and lines of the same names and colours; a panel
     without a point is left out.
@@ -74,7 +74,7 @@ def _panel(
     first, last = min(p[0] for p in points), max(p[0] for p in points)
     low, high = min(0.0, *(p[1] for p in points)), max(p[3] for p in points)
     high = high if high > low else low + 1.0
-    left, right, upper, lower = 46, width - 210, top + 32, top + height - 34
+    left, right, upper, lower = 46, width - 24 - round(7 * max(map(len, lines))), top + 32, top + height - 34
 
     def place(x: float, y: float) -> str:
         across = (x - first) / (last - first) if last > first else 0.5
