@@ -15,8 +15,9 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import store
 from benchmarks.grids import GRIDS
-from benchmarks.known_modes import full_system, planning, store
+from benchmarks.known_modes import full_system, planning
 from benchmarks.known_modes.cells import Grid, Task
 from benchmarks.known_modes.reporting import REPORT, write_report
 from learner.environment import WORKER_ENVIRONMENT

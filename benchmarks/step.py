@@ -19,10 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contender import Contender
-from benchmarks.full_step import run_full_steps
-from benchmarks.report import markdown
-from benchmarks.workload import (
+from benchmarks.speed.contender import Contender
+from benchmarks.speed.full_step import run_full_steps
+from benchmarks.speed.report import markdown
+from benchmarks.speed.workload import (
     Workload,
     choose_prompts,
     prompts_of,

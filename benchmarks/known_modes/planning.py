@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.known_modes import store
+from benchmarks import store
 from benchmarks.known_modes.cells import TUNING_SEED, Cell, Grid, Settings, Task
 
 Facts = Mapping[str, Mapping[str, Any]]

@@ -1,32 +1,30 @@
 """The part of docs/results.md on known modes, from raw results alone. What is outside the markers stays."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.known_modes import full_system, planning, store
+from benchmarks import store
+from benchmarks.document import replace_part, write_whole
+from benchmarks.figures import Band, by_number, chart, over_steps
+from benchmarks.known_modes import full_system, planning
 from benchmarks.known_modes.cells import Grid, Task
-from benchmarks.known_modes.figures import Band, by_number, chart, over_steps
-from benchmarks.known_modes.store import Result
 from benchmarks.known_modes.tables import (
     MEASURES,
-    Column,
     agreement_line,
     alarm_step,
     copy_ratio,
-    cost_line,
     lost_step,
-    of_test,
     reference_table,
-    results_table,
     tuning_table,
 )
+from benchmarks.lines import Column, cost_line, of_test, results_table
+from benchmarks.store import Result
 from services.report import markdown_table
 
 REPORT = Path("docs/results.md")
-BEGIN = "<!-- known modes: written by `python -m benchmarks.methods report`, from benchmarks/results -->"
-END = "<!-- known modes: end -->"
+PART = "known modes"
+COMMAND = "python -m benchmarks.methods report"
 CAPTION = """Every line: mean (least to most) over its runs, whose raw numbers are in `benchmarks/results`.
 Measured on 4,096 test sentences at the checkpoint that C2ST and coverage on selection prompts chose. C2ST: .5
 = a fresh classifier cannot tell; mode TV 0, 8 modes, NLL gap 0 and valid 1 are perfect; copies / natural:
@@ -41,9 +39,6 @@ def write_report(grids: Iterable[Grid], assets: Path, results: Path, out: Path) 
     Raises:
         ValueError: `out` lacks the markers.
     """
-    text = out.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{out} needs, once and in this order, the lines\n{BEGIN}\n{END}")
     figures = out.parent / "figures"
     parts, written = [CAPTION], []
     for grid in grids:
@@ -51,8 +46,7 @@ def write_report(grids: Iterable[Grid], assets: Path, results: Path, out: Path) 
         if section:
             parts.append(section)
             written.append(f"{grid.name}: {planning.progress(grid, assets, results)[0]} runs")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    _write(out, before + BEGIN + "\n\n" + "\n\n".join(parts) + "\n\n" + after)
+    replace_part(out, PART, COMMAND, "\n\n".join(parts))
     return written or ["no results yet"]
 
 
@@ -147,7 +141,7 @@ def _steps_figure(file: str, panels: Sequence[tuple[str, str, str]]) -> Callable
             title: {name: over_steps(found, number, part) for name, found in lines}
             for title, number, part in panels
         }
-        _write(figures / file, chart(drawn))
+        write_whole(figures / file, chart(drawn))
         return [f"![{panels[0][0]}](figures/{file})"]
 
     return draw
@@ -163,7 +157,7 @@ def _by_number(lines: Lines, figures: Path) -> list[str]:
         ("copies / natural", copy_ratio),
     ):
         panels[title] = by_number([result for _, found in lines for result in found], of)
-    _write(figures / "demonstrations.svg", chart(panels, x_label="log2 N"))
+    write_whole(figures / "demonstrations.svg", chart(panels, x_label="log2 N"))
     return ["![measures by the number of demonstrations](figures/demonstrations.svg)"]
 
 
@@ -177,7 +171,7 @@ def _forms(lines: Lines, figures: Path) -> list[str]:
         }
         for level in ("sequence", "per token")
     }
-    _write(figures / "rewards.svg", chart(panels))
+    write_whole(figures / "rewards.svg", chart(panels))
     return ["![mode TV over steps by reward form](figures/rewards.svg)"]
 
 
@@ -192,10 +186,3 @@ FIGURES: dict[str, Callable[[Lines, Path], list[str]]] = {
     "frozen": _steps_figure("frozen.svg", (("mean reward", "reward", "steps"), TV)),
     "gumbel": _steps_figure("gumbel.svg", (TV, ("entropy, nats per token", "entropy", "steps"))),
 }
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

@@ -10,8 +10,8 @@ from benchmarks.known_modes.artefacts import PLANTS, UNPLANTED, newline_base
 from benchmarks.known_modes.auditing import audit_sides
 from benchmarks.known_modes.cells import Task
 from benchmarks.known_modes.data import TARGETS, fresh_texts, write_data
-from benchmarks.known_modes.store import Result
 from benchmarks.known_modes.training import Outcome, Run
+from benchmarks.store import Result
 from examples.known_modes.language import parse_text
 from services.methods import method_title
 

@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.known_modes.artefacts import Plant
 from benchmarks.known_modes.judging import Judge, discriminator_accuracy
 from benchmarks.known_modes.modes import ModeWindow, known_mode_monitors
-from benchmarks.known_modes.recorded import recorded
 from benchmarks.known_modes.systems import OneProcessSupervised, OneProcessSystem, check
 from benchmarks.known_modes.unguarded import UnguardedSystem
+from benchmarks.recorded import recorded
 from examples.known_modes.language import Distribution
 from rollout.data import load_data
 from rollout.templates import Renderer, load_tokenizer

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.known_modes import planning, store
+from benchmarks import store
+from benchmarks.document import markers
+from benchmarks.figures import by_number, chart, over_steps
+from benchmarks.known_modes import planning
 from benchmarks.known_modes.cells import Cell, Grid
-from benchmarks.known_modes.figures import by_number, chart, over_steps
-from benchmarks.known_modes.reporting import BEGIN, END, write_report
-from benchmarks.known_modes.tables import alarm_step, copy_ratio, lost_step, results_table, spread
+from benchmarks.known_modes.reporting import COMMAND, PART, write_report
+from benchmarks.known_modes.tables import MEASURES, alarm_step, copy_ratio, lost_step
+from benchmarks.lines import results_table, spread
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +50,7 @@ def test_spread_is_mean_and_range() -> None:
 
 
 def test_lines_of_a_table() -> None:
-    table = results_table([("one", [result(0.1), result(0.3)]), ("none", [])])
+    table = results_table([("one", [result(0.1), result(0.3)]), ("none", [])], MEASURES)
     head, _, line = table.splitlines()
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert cells["C2ST"] == "0.700 (0.600 to 0.800)"
@@ -67,6 +70,10 @@ def test_when_modes_are_lost_for_good_and_when_the_alarm_came() -> None:
 
 def test_figures_hold_the_range_of_the_seeds() -> None:
     assert over_steps([result(0.1), result(0.3)], "mode_tv")[1] == pytest.approx((2, 0.3, 0.4, 0.5))
+    over_time = [
+        result(tv, steps=[{"step": 1, "mode_tv": tv, "minutes": m}]) for tv, m in ((0.1, 2), (0.3, 4))
+    ]
+    assert over_steps(over_time, "mode_tv", x="minutes") == [pytest.approx((3, 0.1, 0.2, 0.3))]
     shorter = result(0.2, steps=[{"step": 1, "mode_tv": 0.0}])
     assert [point[0] for point in over_steps([result(0.1), shorter], "mode_tv")] == [1]
     one, two = (result(0.1, method="sft", demonstrations=n) for n in (32, 128))
@@ -85,7 +92,8 @@ def test_the_report_replaces_its_own_part_only(
     grid = Grid("default", "Does it?", (Cell("ref", kind="reference"), Cell("rlgaf")), seeds=(0, 1))
     out, results = tmp_path / "docs" / "results.md", tmp_path / "raw"
     out.parent.mkdir()
-    out.write_text(f"# By hand\n{BEGIN}\nold\n{END}\nalso by hand\n")
+    begin, end = markers(PART, COMMAND)
+    out.write_text(f"# By hand\n{begin}\nold\n{end}\nalso by hand\n")
     assert write_report([grid], assets, results, out) == ["no results yet"]
     facts = planning.bases(grid, assets)
     for task, tv in zip(planning.finals(grid, facts, results), (0.1, 0.3), strict=False):
@@ -97,7 +105,7 @@ def test_the_report_replaces_its_own_part_only(
         write_report([grid], assets, results, out)
     text = out.read_text()
     assert text.startswith("# By hand\n")
-    assert text.endswith(f"{END}\nalso by hand\n")
+    assert text.endswith(f"{end}\nalso by hand\n")
     assert "old" not in text
     assert text.count("### default: Does it?") == 1
     assert "| fresh demonstrations | 1 | 0.500 |" in text

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import store
 from benchmarks.grids import GRIDS
-from benchmarks.known_modes import planning, store
+from benchmarks.known_modes import planning
 from benchmarks.known_modes.cells import Cell, Grid, Task
 from services.config import ConfigError
 

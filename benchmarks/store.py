@@ -2,11 +2,11 @@
 stopped. Nothing is deleted: results of settings that are no longer declared stay, and are not read."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import write_whole
 from services.metrics import strict
 
 RESULTS = Path("benchmarks/results")
@@ -16,10 +16,7 @@ Result = dict[str, Any]
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result; NaN becomes null, numbers keep six digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + f".{os.getpid()}.tmp")
-    scratch.write_text(_compact(strict(_rounded(result))), encoding="utf-8")
-    os.replace(scratch, path)
+    write_whole(path, _compact(strict(_rounded(result))))
 
 
 def read(path: Path) -> Result | None:

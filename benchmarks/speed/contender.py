@@ -4,7 +4,7 @@ Protocol, one JSON object a line. The parent writes {"turn": n} or {"end": true}
 on the file descriptor it was given: {"ready": true} once built, {"seconds": ..., "cpu_s": ...} and more after
 a turn, and {"peak_mib": {...}} at the end. Everything that libraries print goes to the log file.
 
-    python -m benchmarks.contender learning:Ours WORKLOAD.json REPLY_FD
+    python -m benchmarks.speed.contender learning:Ours WORKLOAD.json REPLY_FD
 """
 
 import json
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.workload import Workload
+from benchmarks.speed.workload import Workload
 from learner.environment import WORKER_ENVIRONMENT
 
 Result = dict[str, Any]
@@ -51,13 +51,13 @@ class Contender:
         reply, write = os.pipe()
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.contender", kind, str(workload), str(write)],
+                [python, "-m", "benchmarks.speed.contender", kind, str(workload), str(write)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
                 env=environment,
-                cwd=Path(__file__).parent.parent,
+                cwd=Path(__file__).parents[2],
                 text=True,
             )
         os.close(write)
@@ -113,7 +113,7 @@ class Timer:
 def main() -> None:
     kind, path, descriptor = sys.argv[1:]
     module, _, name = kind.partition(":")
-    from benchmarks.processes import by_title, cpu_seconds, peaks
+    from benchmarks.speed.processes import by_title, cpu_seconds, peaks
 
     with os.fdopen(int(descriptor), "w") as replies:
 
@@ -122,7 +122,7 @@ def main() -> None:
             replies.flush()
 
         workload = Workload.read(path)
-        competitor: Competitor = getattr(import_module(f"benchmarks.{module}"), name)(workload)
+        competitor: Competitor = getattr(import_module(f"benchmarks.speed.{module}"), name)(workload)
         reply({"ready": True})
         for number in turns():
             before = cpu_seconds()

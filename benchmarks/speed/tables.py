@@ -4,7 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.workload import Workload
+from benchmarks.speed.workload import Workload
 from rollout.trajectory import REQUEST_SCHEMA, group_id, trajectory_id
 
 

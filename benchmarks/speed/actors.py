@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from benchmarks.contender import Result, Timer
-from benchmarks.generation import worker_arguments
-from benchmarks.learning import learner_config
-from benchmarks.tables import last_token_rewards, request_table, sampling_overrides
-from benchmarks.workload import Workload
+from benchmarks.speed.contender import Result, Timer
+from benchmarks.speed.generation import worker_arguments
+from benchmarks.speed.learning import learner_config
+from benchmarks.speed.tables import last_token_rewards, request_table, sampling_overrides
+from benchmarks.speed.workload import Workload
 from learner.rank import LearnerRank
 from rollout.worker import RolloutWorker
 

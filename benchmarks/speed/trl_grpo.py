@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.contender import Result, Timer
-from benchmarks.workload import Workload
+from benchmarks.speed.contender import Result, Timer
+from benchmarks.speed.workload import Workload
 
 LAST = 10**6
 

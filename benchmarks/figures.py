@@ -5,22 +5,28 @@ from html import escape
 from math import log2
 from statistics import mean
 
-from benchmarks.known_modes.store import Result
+from benchmarks.store import Result
 
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#7d3c98", "#b9770e", "#17a589", "#566573", "#d98880")
 Band = list[tuple[float, float, float, float]]
 """(x, least, mean, most)."""
 
 
-def over_steps(results: Sequence[Result], name: str, part: str = "steps") -> Band:
-    """A recorded number over the steps that all the runs have it for."""
-    by_step: dict[float, list[float]] = {}
+def over_steps(results: Sequence[Result], name: str, part: str = "steps", x: str = "step") -> Band:
+    """A recorded number at the steps that all the runs have it for, over the steps or over another number of
+    theirs, of which the runs' mean is taken.
+    """
+    by_step: dict[int, list[tuple[float, float]]] = {}
     for result in results:
         for row in result.get(part, []):
             if row.get(name) is not None:
-                by_step.setdefault(row["step"], []).append(row[name])
-    whole = {step: values for step, values in by_step.items() if len(values) == len(results)}
-    return [(step, min(v), mean(v), max(v)) for step, v in sorted(whole.items())]
+                by_step.setdefault(row["step"], []).append((row[x], row[name]))
+    points = []
+    for _, found in sorted(by_step.items()):
+        if len(found) == len(results):
+            values = [value for _, value in found]
+            points.append((mean(at for at, _ in found), min(values), mean(values), max(values)))
+    return points
 
 
 def by_number(results: Sequence[Result], of: Callable[[Result], float | None]) -> dict[str, Band]:

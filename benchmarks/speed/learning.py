@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.contender import Result, Timer
-from benchmarks.tables import scored_table
-from benchmarks.workload import Workload
+from benchmarks.speed.contender import Result, Timer
+from benchmarks.speed.tables import scored_table
+from benchmarks.speed.workload import Workload
 from learner.attention import dense_mask
 from learner.batching import make_batches
 from learner.config import LearnerConfig

@@ -10,9 +10,9 @@ import asyncio
 import os
 from typing import Any
 
-from benchmarks.contender import Result, Timer
-from benchmarks.tables import request_table, sampling_overrides
-from benchmarks.workload import Workload
+from benchmarks.speed.contender import Result, Timer
+from benchmarks.speed.tables import request_table, sampling_overrides
+from benchmarks.speed.workload import Workload
 from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
 from rollout.engine import engine_args, engine_environment
 from rollout.worker import RolloutWorker

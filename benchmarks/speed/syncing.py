@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.actors import RayLoop
-from benchmarks.contender import Result, Timer
-from benchmarks.workload import Workload
+from benchmarks.speed.actors import RayLoop
+from benchmarks.speed.contender import Result, Timer
+from benchmarks.speed.workload import Workload
 
 
 class Ours:

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.processes import Peaks, by_title, peaks
-from benchmarks.workload import Workload
+from benchmarks.speed.processes import Peaks, by_title, peaks
+from benchmarks.speed.workload import Workload
 
 PHASES = ("generate", "score", "learn", "sync", "discriminate")
 POLL_S = 1.0

@@ -1,0 +1,39 @@
+"""Run folders as `rlgaf train` leaves them, for what reads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def finished_run(folder: Path, seed: int, method: str = "rlgaf", best: float = 0.6) -> None:
+    """A run of 60 steps, 640 answers and two minutes, whose best C2ST is `best`; the base's is .9."""
+    folder.mkdir(parents=True)
+    c2st = {"base": 0.9, "best": best, "last": 0.7, "human": 0.5}
+    mode_tv = {"base": 0.7, "best": 0.1, "last": 0.2, "human": 0.0}
+    summary: dict[str, Any] = {
+        "method": method,
+        "demonstrations": 2048,
+        "best_step": 40,
+        "steps": 60,
+        "prompts_seen": 640 if method == "sft" else 160,
+        "responses": {"trained": 0 if method == "sft" else 640},
+        "wall_seconds": 99.0,
+        "budget": {"rollout_tokens": 7, "seconds": {"learn": 3.0}},
+        "evaluation": {
+            name: {"mode_tv": mode_tv[name], "c2st": c2st[name], "nll": 2 * c2st[name], "chrf": -c2st[name]}
+            for name in c2st
+        },
+        "alarms": [],
+        "learning_curve": [{"step": 0, "c2st": 0.9}, {"step": 60, "c2st": 0.7}],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.toml").write_text(
+        f'[run]\nseed = {seed}\nmethod = "{method}"\noutput = "/home/me/runs"\n'
+        '[policy]\nmodel = "/home/me/assets/known-modes/base"\n'
+    )
+    rows = (
+        {"step": 0, "time": 30.0},
+        {"step": 1, "time": 60.0, "reward/mean": 0.5, "policy/kl": 0.01, "sync/wire_s": 0.1},
+        {"step": 60, "time": 150.0},
+    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
