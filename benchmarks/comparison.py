@@ -175,7 +175,7 @@ def section(comparison: Comparison, found: Mapping[Method, Sequence[Result]], fi
             title: {name: over_steps(results, key, "curve", axis) for name, results in trained.items()}
             for title, key in PANELS
         }
-        write_whole(figures / file, chart(panels, x_label=label))
+        write_whole(figures / file, chart(panels, x_label=label, from_zero=False))
         parts.append(f"![learning curves over {label}](figures/{file})")
     return "\n\n".join(part for part in parts if part)
 
@@ -212,8 +212,12 @@ def _mean(results: Sequence[Result], of: Value) -> float:
 
 
 def _in_place(results: Sequence[Result], row: str) -> list[Result]:
-    """Results with another row of their test prompts in the policy's place."""
-    return [{**result, "test": {"best": result["test"][row]}} for result in results]
+    """Results with another row of their test prompts in the policy's place. The humans' likelihood is a
+    policy's, and is left out."""
+    rows = [result["test"][row] for result in results]
+    if row == "human":
+        rows = [{name: value for name, value in given.items() if name != "nll"} for given in rows]
+    return [{**result, "test": {"best": given}} for result, given in zip(results, rows, strict=True)]
 
 
 def _train(comparison: Comparison, method: Method, seed: int, folder: Path) -> None:

@@ -43,10 +43,15 @@ def by_number(results: Sequence[Result], of: Callable[[Result], float | None]) -
 
 
 def chart(
-    panels: Mapping[str, Mapping[str, Band]], *, width: int = 800, height: int = 250, x_label: str = "step"
+    panels: Mapping[str, Mapping[str, Band]],
+    *,
+    width: int = 800,
+    height: int = 250,
+    x_label: str = "step",
+    from_zero: bool = True,
 ) -> str:
     """Panels below one another, each with its own y range and lines of the same names and colours; a panel
-    without a point is left out.
+    without a point is left out. `from_zero` lets every y axis hold zero.
 
     Raises:
         ValueError: none is left.
@@ -63,7 +68,7 @@ def chart(
         f'<rect width="{width}" height="{whole}" fill="white"/>',
     ]
     for index, (title, lines) in enumerate(panels.items()):
-        parts += _panel(title, lines, colours, index * height, width, height, x_label)
+        parts += _panel(title, lines, colours, index * height, width, height, x_label, from_zero)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -75,10 +80,12 @@ def _panel(
     width: int,
     height: int,
     x_label: str,
+    from_zero: bool,
 ) -> list[str]:
     points = [point for line in lines.values() for point in line]
     first, last = min(p[0] for p in points), max(p[0] for p in points)
-    low, high = min(0.0, *(p[1] for p in points)), max(p[3] for p in points)
+    low, high = min(p[1] for p in points), max(p[3] for p in points)
+    low = min(low, 0.0) if from_zero else low
     high = high if high > low else low + 1.0
     left, right, upper, lower = 46, width - 24 - round(7 * max(map(len, lines))), top + 32, top + height - 34
 

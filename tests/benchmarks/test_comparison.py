@@ -32,7 +32,7 @@ def test_runs_are_kept_and_reported(tmp_path: Path) -> None:
     text = out.read_text()
     assert "| base | 4 | 0.900 |" in text
     assert "| sft | 2 | 0.500 |" in text
-    assert "| human | 4 | 0.500 |" in text
+    assert "| human | 4 | 0.500 | - | - | - |" in text
     assert "* rlgaf: of the way from the base to sft in C2ST 75%, NLL 75%, chrF 75%." in text
     assert "* rlhf: of the way from the base to sft in C2ST 25%, NLL 25%, chrF 25%." in text
     for axis in ("minutes", "samples"):

@@ -81,6 +81,8 @@ def test_figures_hold_the_range_of_the_seeds() -> None:
     lines = {"a": over_steps([result(0.1)], "mode_tv"), "b": over_steps([result(0.3)], "mode_tv"), "c": []}
     drawn = ElementTree.fromstring(chart({"first <": lines, "second": lines}))
     assert len(drawn.findall("{*}polyline")) == 4
+    assert ">0.11</text>" not in chart({"first": lines})  # the y axis begins at zero
+    assert ">0.20</text>" in chart({"first": lines}, from_zero=False)
     with pytest.raises(ValueError, match="nothing to draw"):
         chart({"empty": {"a": []}})
 
