@@ -53,6 +53,10 @@ REWARDS = Grid(
     ),
 )
 
+FINE = {"evaluation.every": 25}
+"""As good a choice of checkpoints as early stopping has."""
+ONE_STEP: dict[str, Any] = {"discriminator.steps_per_policy_step": 1, "discriminator.health.extra_steps": 0}
+
 SPELLING = ("trailing newline", "missing end", "other tokens", "leading space")
 
 
@@ -128,24 +132,29 @@ DEMONSTRATIONS = Grid(
     ),
 )
 
+JUDGE: dict[str, Any] = PER_TOKEN | _form("prob") | {"discriminator.weight_decay": 1.0}
+GENTLE: dict[str, Any] = JUDGE | {"discriminator.warmup_patience": 3}
+"""Warmed up until held-out demonstrations say stop."""
 FEW = Grid(
     "few",
     "What makes rlgaf better with 32 and 128 demonstrations?",
     (
         REFERENCE,
         *(
-            Cell(f"{name}, N = {number}", _few(number) | settings, data=Data(seed=None))
+            Cell(f"{name}, N = {number}", _few(number) | FINE | settings, data=Data(seed=None))
             for number in (32, 128)
             for name, settings in (
                 ("default", {}),
-                ("weight decay 1", {"discriminator.weight_decay": 1.0}),
-                ("weight decay 3", {"discriminator.weight_decay": 3.0}),
-                ("dropout .3", {"discriminator.dropout": 0.3}),
-                ("label smoothing .3", {"discriminator.label_smoothing": 0.3}),
-                ("R1 penalty .1", {"discriminator.gradient_penalty": 0.1}),
-                ("discriminator lr 5e-4", {"discriminator.lr": 5e-4}),
-                ("KL .05", {"learner.kl_coef": 0.05}),
                 ("per token, prob", PER_TOKEN | _form("prob")),
+                ("… and weight decay 1 (A)", JUDGE),
+                ("A and warm-up with patience (B)", GENTLE),
+                ("B and token dropout .2", GENTLE | {"discriminator.token_dropout": 0.2}),
+                ("B and token dropout .4", GENTLE | {"discriminator.token_dropout": 0.4}),
+                ("B and dropout .3", GENTLE | {"discriminator.dropout": 0.3}),
+                ("B and R1 penalty .1", GENTLE | {"discriminator.gradient_penalty": 0.1}),
+                ("B and discriminator lr 5e-4", GENTLE | {"discriminator.lr": 5e-4}),
+                ("B and one step a turn", GENTLE | ONE_STEP),
+                ("B and KL .05", GENTLE | {"learner.kl_coef": 0.05}),
             )
         ),
     ),

@@ -236,6 +236,11 @@ class DiscriminatorConfig(OptimizerConfig):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the score head, in training only."""
 
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance of a response token to be hidden (its embedding set to zero), on both sides and in training
+    only: a judge that reads answers with holes cannot know few demonstrations by heart (word dropout, Iyyer
+    et al. 2015; the same distortion of both sides, Karras et al. 2020, arXiv 2006.06676)."""
+
     packing: bool = True
     """Compute a prompt once for all its responses (causal bodies with full attention; others are refused)."""
 

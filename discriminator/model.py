@@ -43,6 +43,7 @@ class Discriminator(nn.Module):
         kind: "causal" or "encoder".
         gain: the linear layer's output is multiplied by it.
         dropout: before the linear layer, in training mode.
+        token_dropout: chance of a response token's embedding to be zero, in training mode.
         spectral_bound: largest spectral norm of the head with its gain (None: no bound).
         implementation: attention implementation the body was loaded with.
     """
@@ -55,6 +56,7 @@ class Discriminator(nn.Module):
         kind: BodyKind,
         gain: float = 1.0,
         dropout: float = 0.0,
+        token_dropout: float = 0.0,
         spectral_bound: float | None = None,
         implementation: str = "sdpa",
     ) -> None:
@@ -65,6 +67,7 @@ class Discriminator(nn.Module):
         self.spectral_bound = spectral_bound
         self.implementation = implementation
         self.dropout = nn.Dropout(dropout)
+        self.token_dropout = token_dropout
         self.head = nn.Linear(hidden, 1, dtype=torch.float32)
         # Near zero: an untrained discriminator takes everything for a coin toss instead of giving random
         # rewards.
@@ -103,7 +106,18 @@ class Discriminator(nn.Module):
         pooled = (hidden.float() * real).sum(1) / real.sum(1)
         return self._score(pooled)[batch.position // batch.shape[1]]
 
+    def _with_holes(self, batch: PackedBatch, embedded: Tensor) -> Tensor:
+        """The embeddings [R, T, H] with some response tokens' set to zero."""
+        shown = torch.ones(batch.input_ids.numel(), device=embedded.device, dtype=embedded.dtype)
+        kept = torch.rand(len(batch.position), device=embedded.device) >= self.token_dropout
+        shown[batch.position] = kept.to(embedded.dtype)
+        return embedded * shown.view(*batch.input_ids.shape, 1)
+
     def _hidden(self, batch: PackedBatch, embedded: Tensor | None = None) -> Tensor:
+        if self.training and self.token_dropout > 0:
+            if embedded is None:
+                embedded = self.body.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
+            embedded = self._with_holes(batch, embedded)
         tokens = {"input_ids": batch.input_ids} if embedded is None else {"inputs_embeds": embedded}
         if self.kind == "encoder":
             return self.body(**tokens, attention_mask=(~batch.padding()).to(torch.int64)).last_hidden_state
@@ -222,6 +236,7 @@ def load_discriminator(
             kind=kind,
             gain=config.head_gain,
             dropout=config.dropout,
+            token_dropout=config.token_dropout,
             spectral_bound=config.spectral_norm,
             implementation=implementation,
         )

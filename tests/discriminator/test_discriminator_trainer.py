@@ -13,6 +13,7 @@ from discriminator.calibration import calibration, calibration_error
 from discriminator.draws import demonstration_rows, rollout_batches
 from discriminator.health import HealthReading, HealthState
 from discriminator.losses import balanced_weights
+from discriminator.model import group_encoded
 from discriminator.scorer import Scorer
 from discriminator.trainer import DiscriminatorTrainer
 from discriminator.versions import state_checksum
@@ -209,9 +210,10 @@ def test_every_loss_learns_to_tell_the_sides_apart(objective, tiny_model: Path) 
     assert after["margin"] > 0
 
 
-def test_dropout_is_the_same_in_the_first_pass(tiny_model: Path) -> None:
+@pytest.mark.parametrize("kind", ["dropout", "token_dropout"])
+def test_dropout_is_the_same_in_the_first_pass(kind: str, tiny_model: Path) -> None:
     """Otherwise the pairwise gradient would be taken at other scores than it is applied to."""
-    config = small(loss="bradley_terry", reward={"form": "logit"}, dropout=0.5, batch_size=8)
+    config = small(loss="bradley_terry", reward={"form": "logit"}, batch_size=8, **{kind: 0.5})
     trainer = DiscriminatorTrainer(config, str(tiny_model), seed=0)
     seen: list[torch.Tensor] = []
     trainer.module.register_forward_hook(lambda _, __, scores: seen.append(scores.detach().clone()))
@@ -220,6 +222,28 @@ def test_dropout_is_the_same_in_the_first_pass(tiny_model: Path) -> None:
     assert half >= 1
     for first, second in zip(seen[:half], seen[half:], strict=True):
         torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_token_dropout_hides_response_tokens_in_training_only(
+    kind: str, tiny_model: Path, tiny_encoder: Path
+) -> None:
+    model = tiny_model if kind == "causal" else tiny_encoder
+    trainer = DiscriminatorTrainer(small(token_dropout=0.25), str(model), seed=0)
+    module = trainer.module
+    encoded = trainer._encode(rollouts(0, 80))
+    batch = trainer._batches(group_encoded(encoded))[0]
+    shown = module._with_holes(batch, torch.ones(*batch.input_ids.shape, 3)).flatten(0, 1)
+    hidden = torch.zeros(len(shown), dtype=torch.bool)
+    hidden[batch.position] = shown[batch.position, 0] == 0
+    assert bool((shown[~hidden] == 1).all())  # no prompt token among them
+    assert 0.15 < hidden[batch.position].float().mean().item() < 0.35
+    module.eval()
+    still = [module(batch).detach() for _ in range(2)]
+    module.train()
+    moved = module(batch).detach()
+    torch.testing.assert_close(still[0], still[1], atol=0, rtol=0)
+    assert bool((moved != still[0]).any())
 
 
 def test_transitions_are_told_once_and_the_policy_can_be_paused(tiny_model: Path) -> None:
