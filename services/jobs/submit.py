@@ -194,8 +194,7 @@ def _follow(client: JobClient, job: str, submission: Submission, say: Callable[[
         say("stopping after this step with a checkpoint; once more to leave it to the cluster")
     try:
         client.stop(job)
-        deadline = submission.stop_wait_s + 60.0
-        return _ended(asyncio.run(client.follow(job, log.write, deadline_s=deadline)), say)
+        return _ended(asyncio.run(client.follow(job, log.write)), say)
     except KeyboardInterrupt:
         say(f"the job goes on stopping: ray job status --address {submission.address} {job}")
         return INTERRUPTED
