@@ -100,8 +100,12 @@ def submit(
         float, typer.Option(min=0, help="CPUs to reserve for the driver, beyond the plan's; 0: the head node")
     ] = 0,
     stop_wait: Annotated[
-        int, typer.Option(help="Seconds that a stopped run has for its step and checkpoint")
-    ] = 900,
+        int | None,
+        typer.Option(
+            help="Seconds that a stopped run has for its step and checkpoint",
+            show_default="the cluster's own; 900 where it has none",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Check, print the `ray job submit` line, send nothing")
     ] = False,

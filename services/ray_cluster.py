@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from services.jobs.stop_wait import ensure_stop_wait
 from services.plan import local_gpus
 
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs
-    and GPUs.
+    and GPUs. A job that is stopped then has time for a checkpoint on any cluster.
     """
     import ray
 
@@ -24,6 +25,7 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address:
         ray.init(address=address, **quiet)
+        ensure_stop_wait()
     else:
         ray.init(
             address="local",

@@ -23,7 +23,7 @@ POLL_S = 1.0
 
 
 class LostJob(RuntimeError):
-    """The cluster cannot be reached any more, or the job did not end in time; it may still be running."""
+    """The cluster cannot be reached any more; the job may still be running."""
 
 
 @dataclass(frozen=True)
@@ -105,34 +105,47 @@ class JobClient:
             raise ConfigError(f"{self.address} does not take the job: {error}") from None
 
     def stop(self, job: str) -> None:
-        """SIGTERM to the job's driver; returns at once."""
-        self._client.stop_job(job)
-
-    async def follow(
-        self, job: str, write: Callable[[str, int], None], *, deadline_s: float | None = None
-    ) -> JobEnd:
-        """Hand on the job's log until it ends: `write(text, position in the log)`.
+        """SIGTERM to the job's driver; returns at once.
 
         Raises:
-            LostJob: the cluster was out of reach for five minutes, or the deadline passed.
+            LostJob: the cluster did not confirm it.
+        """
+        try:
+            self._client.stop_job(job)
+        except (OSError, RuntimeError) as error:  # those of requests are OSErrors
+            raise LostJob(
+                f"{self.address} did not confirm the stop ({error}); job {job} may go on. To stop it: "
+                f"ray job stop --address {self.address} {job}"
+            ) from None
+
+    async def follow(self, job: str, write: Callable[[str, int], None]) -> JobEnd:
+        """Hand on the job's log until it ends: `write(text, position in the log)`.
+
+        A connection that breaks is made again, and begins with the log's first line.
+
+        Raises:
+            LostJob: the cluster was out of reach for five minutes.
         """
         import aiohttp
 
-        began = heard = time.monotonic()
+        lost: float | None = None
+        """Time of the first failure since the cluster was last heard."""
+
+        def hand_on(text: str, position: int) -> None:
+            nonlocal lost
+            lost = None
+            write(text, position)
+
         while True:
-            left = None if deadline_s is None else deadline_s - (time.monotonic() - began)
-            if left is not None and left <= 0:
-                raise LostJob(f"job {job} did not end within {deadline_s:.0f} s")
             try:
-                await asyncio.wait_for(self._tail(job, write), left)
+                await self._tail(job, hand_on)
                 info = await asyncio.to_thread(self._client.get_job_info, job)
-            except TimeoutError:
-                continue
             except (aiohttp.ClientError, OSError, RuntimeError) as error:  # those of requests are OSErrors
-                if time.monotonic() - heard > LOST_S:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > LOST_S:
                     raise LostJob(f"{self.address} is out of reach ({error}); job {job} may go on") from None
             else:
-                heard = time.monotonic()
+                lost = None
                 if info.status.is_terminal():
                     return JobEnd(str(info.status), info.message or "", info.driver_exit_code)
             await asyncio.sleep(POLL_S)

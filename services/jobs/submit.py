@@ -2,9 +2,9 @@
 
 Everything that can be checked without the cluster is checked before anything is sent. What is sent is what
 the printed `ray job submit` line sends. The driver reserves no GPU. It is told to stop as `ray job stop` does
-it, by SIGTERM, upon which the run finishes its step, writes a checkpoint and ends. Ray would kill it after
-three seconds, so the job brings RAY_JOB_STOP_WAIT_TIME_S along: Ray's supervisor of a job reads it from the
-job's own environment, on any cluster.
+it, by SIGTERM, upon which the run finishes its step, writes a checkpoint and ends. How long Ray waits for
+that is the cluster's own RAY_JOB_STOP_WAIT_TIME_S, which a job replaces only if told to (`stop_wait_s`);
+`stop_wait.py` sees to clusters that have none.
 
 The job does not depend on this process: when it is killed, the job goes on.
 """
@@ -20,7 +20,6 @@ from typing import Any
 
 from services.config import Config, ConfigError, given, load
 from services.jobs.client import JobClient, JobEnd, LostJob
-from services.jobs.cluster import STOP_WAIT_S
 from services.jobs.working_dir import carried, check_paths
 
 INTERRUPTED = 130
@@ -39,7 +38,8 @@ class Submission:
     working_dir: Path | None = None
     image: str = ""
     driver_cpus: float = 0.0
-    stop_wait_s: int = STOP_WAIT_S
+    stop_wait_s: int | None = None
+    """Seconds that replace the cluster's own; None leaves it to the cluster."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -50,14 +50,16 @@ class Submission:
     def environment(self) -> dict[str, Any]:
         """Ray's runtime environment, without the working directory."""
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(self.stop_wait_s)}
-        return {"env_vars": variables} | ({"image_uri": self.image} if self.image else {})
+        stop_wait = {"env_vars": variables} if self.stop_wait_s else {}
+        return stop_wait | ({"image_uri": self.image} if self.image else {})
 
     def plain_line(self) -> str:
         """The `ray job submit` line that does the same."""
         words = ["ray", "job", "submit", "--address", self.address]
         if self.working_dir is not None:
             words += ["--working-dir", str(self.working_dir)]
-        words += ["--runtime-env-json", json.dumps(self.environment())]
+        if environment := self.environment():
+            words += ["--runtime-env-json", json.dumps(environment)]
         if self.driver_cpus:
             words += ["--entrypoint-num-cpus", f"{self.driver_cpus:g}"]
         words += ["--metadata-json", json.dumps({RUN_KEY: self.run})]
@@ -73,7 +75,7 @@ def prepare(
     image: str = "",
     resume: bool = False,
     driver_cpus: float = 0.0,
-    stop_wait_s: int = STOP_WAIT_S,
+    stop_wait_s: int | None = None,
 ) -> Submission:
     """Check a run and how it is to be sent, without the cluster.
 
@@ -90,7 +92,7 @@ def prepare(
             f"--address {address}: give the dashboard's address, as in http://localhost:8265 "
             "(on Kubernetes: kubectl port-forward svc/…-head-svc 8265)"
         )
-    if stop_wait_s < 1:
+    if stop_wait_s is not None and stop_wait_s < 1:
         raise ConfigError(f"--stop-wait {stop_wait_s}: seconds that a stopping run has for its checkpoint")
     if image:
         _check_image(config, working_dir)
@@ -194,8 +196,7 @@ def _follow(client: JobClient, job: str, submission: Submission, say: Callable[[
         say("stopping after this step with a checkpoint; once more to leave it to the cluster")
     try:
         client.stop(job)
-        deadline = submission.stop_wait_s + 60.0
-        return _ended(asyncio.run(client.follow(job, log.write, deadline_s=deadline)), say)
+        return _ended(asyncio.run(client.follow(job, log.write)), say)
     except KeyboardInterrupt:
         say(f"the job goes on stopping: ray job status --address {submission.address} {job}")
         return INTERRUPTED

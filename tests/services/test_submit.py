@@ -75,6 +75,13 @@ def test_a_submission_with_a_working_directory(project):
     assert "gpu" not in submission.plain_line()
 
 
+def test_a_job_that_is_not_told_how_long_it_may_stop_leaves_the_clusters_time_alone(project):
+    submission = sent(project)
+    assert submission.environment() == {}
+    assert "--runtime-env-json" not in submission.plain_line()
+    assert "RAY_JOB_STOP_WAIT_TIME_S" not in submission.plain_line()
+
+
 def test_without_a_working_directory_the_settings_travel_in_the_entrypoint(project):
     overrides = ["--data.demonstrations=/data/d.jsonl", "--policy.model=org/model", "--run.seed", "7"]
     submission = sent(project, *overrides, working_dir=None)
