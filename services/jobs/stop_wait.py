@@ -33,6 +33,9 @@ def ensure_stop_wait() -> None:
     )
 
     name = JOB_ACTOR_NAME_TEMPLATE.format(job_id=job["metadata"][JOB_ID_METADATA_KEY])
-    supervisor = ray.get_actor(name, namespace=SUPERVISOR_ACTOR_RAY_NAMESPACE)
+    try:
+        supervisor = ray.get_actor(name, namespace=SUPERVISOR_ACTOR_RAY_NAMESPACE)
+    except ValueError:  # the job is another cluster's than the one that the run is on
+        return
     variable = ("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_WAIT_S))
     ray.get(supervisor.__ray_call__.remote(lambda _: os.environ.setdefault(*variable)), timeout=CALL_S)
