@@ -32,9 +32,9 @@ RUN apt-get update \
     && python -m pip uninstall --yes --root-user-action=ignore setuptools wheel \
     && useradd --uid 1000 --user-group --create-home rlgaf \
     && install -d -o rlgaf -g rlgaf /runs /cache /data
-# The compiler of the list, for kernels that are generated on the node.
+# The compiler of the list, for kernels that are generated on the node. NVIDIA_VISIBLE_DEVICES is left to the device
+# plugin and to docker run --gpus: `all` here would show every GPU of the node to pods that ask for none.
 ENV CUDA_HOME=/usr/local/lib/python3.11/site-packages/nvidia/cu13 \
-    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Into the interpreter's own prefix: a login shell, which KubeRay may use, resets PATH to the system's.
 COPY --from=packages /install /usr/local

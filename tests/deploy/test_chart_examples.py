@@ -124,6 +124,12 @@ def test_pods_on_one_volume_can_share_its_node(example: Path) -> None:
     assert not any("nodeSelector" in templates[name]["spec"] for name in ("head", "test"))
 
 
+def test_a_secret_that_pods_cannot_start_without_is_made_in_the_header(example: Path) -> None:
+    text = example.read_text()
+    name = (yaml.safe_load(text).get("secrets") or {}).get("scoring", {}).get("name")
+    assert name is None or f"#   kubectl create secret generic {name} --from-literal=token=" in text
+
+
 def test_golden(example: Path) -> None:
     """`RLGAF_UPDATE_GOLDEN=1 pytest …` writes the files anew."""
     shown = yaml.safe_dump_all([_readable(m) for m in render("-f", str(example))], width=110, sort_keys=True)
@@ -153,7 +159,10 @@ def test_the_smallest_values_make_the_same_kinds(example: Path) -> None:
         "Pod",
     }
     for arguments in (("-f", str(example)), SMALLEST):
-        manifests = render(*arguments)
-        assert always <= {manifest["kind"] for manifest in manifests}
-        total = 1 + sum(group["minReplicas"] for group in cluster_spec(manifests)["workerGroupSpecs"])
-        assert one(manifests, "PodDisruptionBudget")["spec"]["minAvailable"] == total
+        assert always <= {manifest["kind"] for manifest in render(*arguments)}
+
+
+def test_no_pod_may_be_evicted_however_far_the_cluster_has_grown(example: Path) -> None:
+    manifests = render("-f", str(example))
+    largest = 1 + sum(group["maxReplicas"] for group in cluster_spec(manifests)["workerGroupSpecs"])
+    assert one(manifests, "PodDisruptionBudget")["spec"]["minAvailable"] == largest

@@ -187,11 +187,18 @@ def test_operator_kinds_appear_where_the_operator_is() -> None:
     assert "PodDisruptionBudget" in without
 
 
-def test_notes_say_when_prometheus_is_kept_out() -> None:
-    def notes(*words: str) -> str:
-        text = run_helm("install", "demo", str(CHART), "--dry-run=client", *SMALLEST, *words)
-        return text.partition("NOTES:")[2]
+def notes(*words: str) -> str:
+    text = run_helm("install", "demo", str(CHART), "--dry-run=client", *SMALLEST, *words)
+    return text.partition("NOTES:")[2]
 
+
+def test_notes_say_which_attempts_are_not_repeated() -> None:
+    assert "one whose head\nanswered nothing for 300 s is not." in notes()
+    limited = notes("--set", "job.activeDeadlineSeconds=3600")
+    assert "answered nothing for 300 s or whose job.activeDeadlineSeconds ran out is not." in limited
+
+
+def test_notes_say_when_prometheus_is_kept_out() -> None:
     warning = "The network policy lets nobody read the metrics"
     assert warning in notes()
     for value in (
@@ -203,13 +210,29 @@ def test_notes_say_when_prometheus_is_kept_out() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_gpu_examples_let_prometheus_in(example: Path) -> None:
+def test_gpu_examples_let_kuberay_and_prometheus_in(example: Path) -> None:
+    """KubeRay from whatever namespace it was installed into: a RayJob that it cannot reach fails."""
     manifests = render("-f", str(example))
     if not any(int(group["rayStartParams"]["num-gpus"]) for _, group in groups(manifests)):
         return
     rules = one(manifests, "NetworkPolicy")["spec"]["ingress"]
     (metrics,) = (rule for rule in rules if rule.get("ports") == [{"port": 8080}])
     assert [set(peer) for peer in metrics["from"]] == [{"namespaceSelector"}]
+    (operator,) = (rule for rule in rules if {"port": 8265} in rule.get("ports", []))
+    assert operator["from"] == [
+        {
+            "namespaceSelector": {},
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+        }
+    ]
+
+
+@pytest.mark.parametrize("mode", ["RayCluster", "RayService"])
+def test_each_cluster_has_its_own_state_in_redis(mode: str) -> None:
+    """KubeRay names it after the cluster's UID; a RayService has two during an upgrade."""
+    values = ("headFaultTolerance.enabled=true", "headFaultTolerance.redisAddress=redis:6379", f"mode={mode}")
+    spec = cluster_spec(render(*SERVE, *(word for value in values for word in ("--set", value))))
+    assert spec["gcsFaultToleranceOptions"] == {"redisAddress": "redis:6379"}
 
 
 def test_a_service_says_what_it_serves() -> None:

@@ -146,6 +146,39 @@ def test_wrong_values_are_refused(wrong: str, message: str) -> None:
             "Kueue refuses RayJobs that keep their cluster",
         ),
         (["gangScheduling.scheduler=volcano", "autoscaling.enabled=true"], "exclude each other"),
+        (
+            ["gangScheduling.scheduler=yunikorn", "gangScheduling.priorityClass=high"],
+            "set head.priorityClassName and workerDefaults.priorityClassName",
+        ),
+        (
+            ["mode=RayCluster", "run.config=", "storage.mirror.url=s3://bucket/runs"],
+            "Set run.mirror and the other fields in the run you submit",
+        ),
+        (
+            [
+                "mode=RayService",
+                "service.args.run=/runs/a",
+                "secrets.scoring.name=t",
+                "run.overrides={--run.steps=3}",
+            ],
+            "storage.mirror.url and run.overrides change the run that the chart brings",
+        ),
+        (
+            ["storage.runs.accessMode=ReadWriteOncePod"],
+            "storage.runs.accessMode = ReadWriteOncePod lets a single pod mount the volume",
+        ),
+        (
+            ["storage.cache.enabled=true", "storage.cache.accessMode=ReadWriteOncePod"],
+            "storage.cache.accessMode = ReadWriteOncePod lets a single pod mount the volume",
+        ),
+        (
+            [
+                "storage.runs.accessMode=ReadWriteOnce",
+                "autoscaling.enabled=true",
+                "workers.cpu.minReplicas=0",
+            ],
+            "the head would come first and bind the volume to a node of its own choice",
+        ),
         (["workers.cpu.gpuType=A100"], "workers.cpu: gpuType = A100 without gpus"),
         (
             ["autoscaling.enabled=true", "workers.cpu.minReplicas=3", "workers.cpu.maxReplicas=2"],
@@ -157,3 +190,22 @@ def test_contradictions_are_refused(together: list[str], message: str) -> None:
     with pytest.raises(ChartError) as refused:
         render(*SMALLEST, *(word for value in together for word in ("--set", value)))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "together",
+    [
+        ["storage.cache.accessMode=ReadWriteOncePod"],
+        ["workers.cpu.replicas=0", "head.rayCpus=2", "storage.runs.accessMode=ReadWriteOncePod"],
+        [
+            "storage.runs.accessMode=ReadWriteOnce",
+            "autoscaling.enabled=true",
+            "workers.cpu.minReplicas=0",
+            "head.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms=[]",
+        ],
+        ["mode=RayCluster", "storage.mirror.url=s3://bucket/runs", "run.overrides={--run.steps=3}"],
+    ],
+    ids=["no cache volume", "the head alone", "a head with a place", "a cluster with a run"],
+)
+def test_what_only_looks_contradictory_is_taken(together: list[str]) -> None:
+    assert render(*SMALLEST, *(word for value in together for word in ("--set", value)))

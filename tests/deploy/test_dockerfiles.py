@@ -53,6 +53,13 @@ def test_the_base_image_is_pinned_and_matches_python(kind: str) -> None:
     assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base)
 
 
+def test_only_pods_that_ask_for_gpus_see_them(kind: str) -> None:
+    """Where NVIDIA's container runtime is the default, an image that says `all` gets every GPU."""
+    environment = " ".join(step.text for step in final_stage(kind) if step.name == "ENV")
+    assert "HOME=/home/rlgaf" in environment
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment
+
+
 def test_no_secrets(kind: str) -> None:
     """Nothing is written down, and the build sees only what some COPY asks for."""
     assert not re.search(r"(?i)(token|password|secret|api_?key)\s*=", path(kind).read_text())

@@ -22,8 +22,11 @@
 {{- if and $v.scoring.http (ne $v.mode "RayJob") -}}
 {{- fail "scoring.http opens the endpoint of a training run that the chart starts: it needs mode RayJob. In mode RayCluster set discriminator.scoring.http in the run you submit; RayService serves by itself" -}}
 {{- end -}}
+{{- if and (or $v.storage.mirror.url $v.run.overrides) (or (eq $v.mode "RayService") (not (include "rlgaf.hasRun" .))) -}}
+{{- fail "storage.mirror.url and run.overrides change the run that the chart brings, and this release brings none: they need run.config or run.existingConfigMap in mode RayJob or RayCluster. Set run.mirror and the other fields in the run you submit" -}}
+{{- end -}}
 {{- if and $v.headFaultTolerance.enabled (eq $v.mode "RayJob") -}}
-{{- fail "headFaultTolerance.enabled needs mode RayCluster or RayService: the driver of a RayJob runs in the head pod and dies with it; job.backoffLimit starts it again from its last checkpoint instead" -}}
+{{- fail "headFaultTolerance.enabled needs mode RayCluster or RayService: the driver of a RayJob runs in the head pod and dies with it; job.backoffLimit (and job.attempt, where a lost node took the head along) starts it again from its last checkpoint instead" -}}
 {{- end -}}
 {{- if and $v.headFaultTolerance.enabled (not $v.headFaultTolerance.redisAddress) -}}
 {{- fail "headFaultTolerance.enabled needs headFaultTolerance.redisAddress, as in redis:6379" -}}
@@ -43,14 +46,27 @@
 {{- if and (eq $v.gangScheduling.scheduler "none") (or $v.gangScheduling.queue $v.gangScheduling.priorityClass) -}}
 {{- fail "gangScheduling.queue and gangScheduling.priorityClass do nothing while gangScheduling.scheduler is none" -}}
 {{- end -}}
+{{- if and (eq $v.gangScheduling.scheduler "yunikorn") $v.gangScheduling.priorityClass -}}
+{{- fail "gangScheduling.priorityClass does nothing with yunikorn, which goes by the priority of the pods: set head.priorityClassName and workerDefaults.priorityClassName" -}}
+{{- end -}}
+{{- range $name, $volume := dict "runs" $v.storage.runs "cache" $v.storage.cache -}}
+{{- if and (eq $volume.accessMode "ReadWriteOncePod") (or (eq $name "runs") $volume.enabled) (gt (int (include "rlgaf.pods" $)) 1) -}}
+{{- fail (printf "storage.%s.accessMode = ReadWriteOncePod lets a single pod mount the volume, and head and workers all do: ReadWriteMany, or ReadWriteOnce where they share a node" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- $least := 0 -}}
 {{- range $name := list "rollout" "learner" "discriminator" "cpu" -}}
 {{- $group := include "rlgaf.group" (dict "root" $ "name" $name) | fromYaml -}}
 {{- if or (gt (int $group.minReplicas) (int $group.maxReplicas)) -}}
 {{- fail (printf "workers.%s: minReplicas = %d exceeds maxReplicas = %d" $name (int $group.minReplicas) (int $group.maxReplicas)) -}}
 {{- end -}}
+{{- $least = add $least (int $group.minReplicas) -}}
 {{- if and $group.gpuType (not (int $group.gpus)) -}}
 {{- fail (printf "workers.%s: gpuType = %s without gpus" $name $group.gpuType) -}}
 {{- end -}}
+{{- end -}}
+{{- if and (include "rlgaf.oneNode" .) (eq (int $least) 0) (not $v.head.affinity) -}}
+{{- fail "storage.runs.accessMode = ReadWriteOnce and no group with minReplicas above 0: the head would come first and bind the volume to a node of its own choice. Set minReplicas of a group, or head.affinity for the workers' node, or use ReadWriteMany" -}}
 {{- end -}}
 {{- if eq (int (include "rlgaf.total" (dict "root" . "field" "cpus"))) 0 -}}
 {{- fail "the cluster has no Ray CPUs: give workers.rollout (or another group) replicas, or raise head.rayCpus" -}}

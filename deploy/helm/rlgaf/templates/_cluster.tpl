@@ -10,10 +10,11 @@ authOptions:
   secretName: {{ . }}
   {{- end }}
 {{- end }}
+{{- /* No externalStorageNamespace: KubeRay takes the cluster's UID, which a restarted head keeps. One name for both clusters of a RayService
+that is upgraded would load the old one's state into the new one, and be deleted with the old one. */}}
 {{- if $v.headFaultTolerance.enabled }}
 gcsFaultToleranceOptions:
   redisAddress: {{ $v.headFaultTolerance.redisAddress | quote }}
-  externalStorageNamespace: {{ .Release.Namespace }}-{{ include "rlgaf.fullname" . }}
   {{- if $v.headFaultTolerance.passwordSecret.name }}
   redisPassword:
     valueFrom:

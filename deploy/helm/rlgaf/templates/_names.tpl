@@ -101,11 +101,11 @@ kueue.x-k8s.io/priority-class: {{ . }}
 {{- $sum -}}
 {{- end -}}
 
-{{/* Pods of the cluster that are always there: the head and every group at its smallest. */}}
+{{/* Pods of the cluster: the head and every group at its largest. */}}
 {{- define "rlgaf.pods" -}}
 {{- $sum := 1 -}}{{- $root := . -}}
 {{- range $name := list "rollout" "learner" "discriminator" "cpu" -}}
-{{- $sum = add $sum (int (include "rlgaf.group" (dict "root" $root "name" $name) | fromYaml).minReplicas) -}}
+{{- $sum = add $sum (int (include "rlgaf.group" (dict "root" $root "name" $name) | fromYaml).maxReplicas) -}}
 {{- end -}}
 {{- $sum -}}
 {{- end -}}
