@@ -22,7 +22,7 @@ import ray
 told = []
 ray.init(log_to_driver=False)
 signal.signal(signal.SIGTERM, lambda *_: told.append(time.sleep({CLOSING_S})))
-print("joined", flush=True)
+print("join" + "ed", flush=True)  # the log begins with this text itself, which must not hold the word
 while not told:
     time.sleep(0.1)
 sys.exit(130)
