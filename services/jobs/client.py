@@ -7,13 +7,16 @@ override the address that was given.
 
 import asyncio
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from services.config import ConfigError
 from services.jobs.cluster import token_source, token_value
+from services.jobs.working_dir import packed
 
 CONNECT_S = 15.0
 REQUEST_S = 120.0
@@ -95,12 +98,16 @@ class JobClient:
     ) -> str:
         """Upload the working directory if there is one, start the job and return its id."""
         try:
-            return self._client.submit_job(
-                entrypoint=command,
-                runtime_env=runtime_env,
-                metadata=metadata,
-                entrypoint_num_cpus=driver_cpus or None,
-            )
+            with tempfile.TemporaryDirectory() as scratch:
+                if "working_dir" in runtime_env:
+                    file = packed(Path(runtime_env["working_dir"]), Path(scratch))
+                    runtime_env = runtime_env | {"working_dir": str(file)}
+                return self._client.submit_job(
+                    entrypoint=command,
+                    runtime_env=runtime_env,
+                    metadata=metadata,
+                    entrypoint_num_cpus=driver_cpus or None,
+                )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{self.address} does not take the job: {error}") from None
 

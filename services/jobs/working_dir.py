@@ -56,6 +56,20 @@ def carried(root: Path) -> Carried:
     return Carried(root, frozenset(files), size)
 
 
+def packed(root: Path, scratch: Path) -> Path:
+    """A zip file in `scratch` of what Ray sends of `root`.
+
+    Ray hashes a folder twice, for the job and for the upload; a file that grows in between, as the output of
+    this very process redirected into the folder, would leave the job without its package.
+    """
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    file = scratch / "working_dir.zip"
+    create_package(str(root), file, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    return file
+
+
 def check_paths(config: Config, sent: Carried | None) -> list[str]:
     """Notes about paths that only the cluster can check.
 

@@ -1,10 +1,16 @@
-"""`rlgaf submit` while the job runs: Ray's own client at a dashboard whose connections break."""
+"""`rlgaf submit` at a dashboard of the tests, with Ray's own client: what it sends, and how it follows a job
+over connections that break."""
 
 import asyncio
+import io
+import logging
 import os
 import signal
 import threading
+import zipfile
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -19,7 +25,7 @@ Tail = Callable[[web.Request, web.WebSocketResponse], Awaitable[None]]
 
 
 class Dashboard:
-    """As much of Ray's dashboard as following a job needs. The next of `tails` answers a connection to the
+    """As much of Ray's dashboard as a submission needs. The next of `tails` answers a connection to the
     log; without one left, the job has ended: its whole log is sent, and the connection closed in order."""
 
     def __init__(self) -> None:
@@ -29,6 +35,8 @@ class Dashboard:
         self.end = "SUCCEEDED"
         self.takes_stops = True
         self.asked: list[str] = []
+        self.packages: dict[str, bytes] = {}
+        self.runtime_env: dict[str, Any] = {}
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
@@ -52,7 +60,9 @@ class Dashboard:
         }
         for path, answer in answers.items():
             app.router.add_get(path, lambda _, answer=answer: _json(answer))
-        app.router.add_post("/api/jobs/", lambda _: _json({"job_id": JOB, "submission_id": JOB}))
+        app.router.add_post("/api/jobs/", self._submit)
+        app.router.add_get("/api/packages/{protocol}/{name}", self._package)
+        app.router.add_put("/api/packages/{protocol}/{name}", self._upload)
         app.router.add_get(f"/api/jobs/{JOB}", lambda _: _json(self._details()))
         app.router.add_post(f"/api/jobs/{JOB}/stop", self._stop)
         app.router.add_get(f"/api/jobs/{JOB}/logs/tail", self._tail)
@@ -61,6 +71,17 @@ class Dashboard:
     def _details(self) -> dict[str, str]:
         status = "RUNNING" if self.tails else self.end
         return {"type": "SUBMISSION", "submission_id": JOB, "status": status, "entrypoint": "train"}
+
+    async def _submit(self, request: web.Request) -> web.StreamResponse:
+        self.runtime_env = (await request.json())["runtime_env"]
+        return await _json({"job_id": JOB, "submission_id": JOB})
+
+    async def _package(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=200 if request.match_info["name"] in self.packages else 404)
+
+    async def _upload(self, request: web.Request) -> web.StreamResponse:
+        self.packages[request.match_info["name"]] = await request.read()
+        return web.Response()
 
     async def _stop(self, request: web.Request) -> web.StreamResponse:
         self.asked.append("stop")
@@ -126,6 +147,26 @@ def followed(dashboard: Dashboard) -> tuple[int, str]:
     said: list[str] = []
     code = submit(Submission(dashboard.address, ["train"], "/runs/run"), said.append)
     return code, "\n".join(said)
+
+
+def test_the_job_gets_the_folder_although_a_file_in_it_grows(dashboard: Dashboard, tmp_path: Path) -> None:
+    """As with `rlgaf submit … --working-dir . > run.log`: what Ray says goes into the folder it packs."""
+    (tmp_path / ".gitignore").write_text("/left\n")
+    (tmp_path / "run.toml").write_text("here")
+    (tmp_path / "left").write_text("here too")
+    output = logging.FileHandler(tmp_path / "run.log")
+    logging.getLogger("ray").addHandler(output)
+    try:
+        submission = Submission(dashboard.address, ["train"], "/runs/run", working_dir=tmp_path)
+        assert submit(submission, lambda _: None) == 0
+    finally:
+        logging.getLogger("ray").removeHandler(output)
+    assert (tmp_path / "run.log").stat().st_size > 0
+    ((name, package),) = dashboard.packages.items()
+    assert dashboard.runtime_env["working_dir"] == f"gcs://{name}"
+    with zipfile.ZipFile(io.BytesIO(package)) as held:
+        assert held.read("run.toml") == b"here"
+        assert "left" not in held.namelist()
 
 
 def test_a_connection_that_breaks_is_made_again_however_long_it_held(dashboard, capsys):
