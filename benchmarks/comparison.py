@@ -8,13 +8,14 @@ the figures.
 """
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -27,33 +28,76 @@ from benchmarks.store import Result
 from services.methods import Method
 
 DOCUMENT = Path("docs/results.md")
-METHODS: tuple[Method, ...] = get_args(Method)
 COMMAND = "python -m benchmarks.comparison report"
+Lines = dict[str, list[Result]]
+"""Results by the name of their entry."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a comparison.
+
+    Args:
+        name: its name in tables, figures and files.
+        method: `run.method`, which brings the example's `[method.…]` table.
+        seeds: a run each.
+        options: what it has otherwise than the example, as on the command line.
+    """
+
+    name: str
+    method: Method
+    seeds: Sequence[int]
+    options: Sequence[str] = ()
+
+    @property
+    def slug(self) -> str:
+        """The name in files and folders."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An example whose `[method.…]` tables are run beside each other.
-
-    Args:
-        name: of the example, and of the folder of its results.
-        seeds: of every method that takes part.
-    """
+    """An example, named `name`, that is run in several ways."""
 
     name: str
-    seeds: Mapping[Method, Sequence[int]]
+    entries: Sequence[Entry]
 
     @property
     def example(self) -> Path:
         """The runs' configuration."""
         return Path("examples") / f"{self.name}.toml"
 
+    def entry(self, name: str) -> Entry:
+        """The entry of that name.
+
+        Raises:
+            typer.BadParameter: there is none; it names those that are.
+        """
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise typer.BadParameter(f"no entry {name!r}; there are {'; '.join(e.name for e in self.entries)}")
+
+
+PER_TOKEN = ("--discriminator.level", "token", "--discriminator.reward.form", "prob")
+
+
+def _entries(alone: Sequence[int]) -> tuple[Entry, ...]:
+    """All methods: three seeds of `sft` and `rlgaf`, the seeds `alone` of the others."""
+    return (
+        Entry("sft", "sft", (0, 1, 2)),
+        Entry("rlgaf", "rlgaf", (0, 1, 2)),
+        Entry("frozen reward model", "rlhf", alone),  # no preference pairs in these examples
+        Entry("gad", "gad", alone),
+        Entry("rlgaf, per token", "rlgaf", alone, PER_TOKEN),
+    )
+
 
 COMPARISONS = {
     item.name: item
     for item in (
-        Comparison("quickstart", dict.fromkeys(METHODS, (0, 1, 2))),
-        Comparison("debian-synopses", {"sft": (0, 1, 2), "rlgaf": (0, 1, 2), "rlhf": (0,), "gad": (0,)}),
+        Comparison("quickstart", _entries((0, 1, 2))),
+        Comparison("debian-synopses", _entries((0,))),
     )
 }
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -66,17 +110,20 @@ Runs = Annotated[Path, typer.Option(help="Folder of the runs themselves")]
 @app.command()
 def run(
     name: Name,
-    only: Annotated[str, typer.Option(help=f"Only this method of {', '.join(METHODS)}")] = "",
+    only: Annotated[str, typer.Option(help="Only the entry of this name, e.g. sft")] = "",
     results: Results = store.RESULTS,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Carry out what a comparison still lacks: first one run a method, then further seeds."""
-    for method, seed in wanted(_comparison(name)):
-        file = result_file(results, name, method, seed)
-        if only in ("", method) and not file.is_file():
-            folder = runs / f"{name}-{method}-{seed}"
+    """Carry out what a comparison still lacks: first one run an entry, then further seeds."""
+    comparison = _comparison(name)
+    if only:
+        comparison = replace(comparison, entries=(comparison.entry(only),))
+    for entry, seed in wanted(comparison):
+        file = result_file(results, comparison, entry, seed)
+        if not file.is_file():
+            folder = runs / f"{name}-{entry.slug}-{seed}"
             if not (folder / "summary.json").is_file():
-                _train(COMPARISONS[name], method, seed, folder)
+                _train(comparison, entry, seed, folder)
             store.write(file, read_run(folder))
             typer.echo(f"kept as {file}")
 
@@ -85,12 +132,13 @@ def run(
 def keep(
     run_folder: Annotated[Path, typer.Argument(help="Finished run of `rlgaf train`")],
     name: Name,
+    entry: Annotated[str, typer.Argument(help="The entry that it repeats, e.g. sft")],
     results: Results = store.RESULTS,
 ) -> None:
     """Take a run that was made otherwise into a comparison."""
-    _comparison(name)
+    comparison = _comparison(name)
     result = read_run(run_folder)
-    file = result_file(results, name, result["config"]["run"].get("method", "rlgaf"), result["seed"])
+    file = result_file(results, comparison, comparison.entry(entry), result["seed"])
     store.write(file, result)
     typer.echo(f"kept as {file}")
 
@@ -103,33 +151,34 @@ def report(
     """Write tables and figures from the raw results."""
     for comparison in COMPARISONS.values():
         found = gather(comparison, results)
-        if any(found.values()):
+        if found:
             replace_part(out, comparison.name, COMMAND, section(comparison, found, out.parent / "figures"))
             typer.echo(f"{comparison.name}: {sum(map(len, found.values()))} runs")
 
 
-def wanted(comparison: Comparison) -> list[tuple[Method, int]]:
-    """Every run of a comparison: the first seed of all methods before the second of any."""
-    most = max(map(len, comparison.seeds.values()))
+def wanted(comparison: Comparison) -> list[tuple[Entry, int]]:
+    """Every run of a comparison: the first seed of all entries before the second of any."""
+    most = max(len(entry.seeds) for entry in comparison.entries)
     return [
-        (method, seeds[turn])
+        (entry, entry.seeds[turn])
         for turn in range(most)
-        for method, seeds in comparison.seeds.items()
-        if turn < len(seeds)
+        for entry in comparison.entries
+        if turn < len(entry.seeds)
     ]
 
 
-def result_file(results: Path, name: str, method: str, seed: int) -> Path:
+def result_file(results: Path, comparison: Comparison, entry: Entry, seed: int) -> Path:
     """Where a run's raw result is kept."""
-    return results / name / f"{method}.seed{seed}.json"
+    return results / comparison.name / f"{entry.slug}.seed{seed}.json"
 
 
-def gather(comparison: Comparison, results: Path) -> dict[Method, list[Result]]:
-    """The results that are there, by method."""
-    found: dict[Method, list[Result]] = {}
-    for method, seeds in comparison.seeds.items():
-        read = (store.read(result_file(results, comparison.name, method, seed)) for seed in seeds)
-        found[method] = [result for result in read if result is not None]
+def gather(comparison: Comparison, results: Path) -> Lines:
+    """The results that are there, by entry."""
+    found: Lines = {}
+    for entry in comparison.entries:
+        read = (store.read(result_file(results, comparison, entry, seed)) for seed in entry.seeds)
+        if there := [result for result in read if result is not None]:
+            found[entry.name] = there
     return found
 
 
@@ -156,23 +205,22 @@ PANELS = (("C2ST", "c2st"), ("NLL of human answers", "nll"), ("chrF", "chrf"), (
 AXES = (("minutes", "minutes"), ("samples", "answers trained on"))
 
 
-def section(comparison: Comparison, found: Mapping[Method, Sequence[Result]], figures: Path) -> str:
-    """Tables of measures and of cost, curves, and how far each method comes. Writes the figures."""
+def section(comparison: Comparison, found: Lines, figures: Path) -> str:
+    """Tables of measures and of cost, curves, and how far each entry comes. Writes the figures."""
     everything = [result for results in found.values() for result in results]
-    trained = {results[0]["method"]: results for results in found.values() if results}
     base, human = (_in_place(everything, row) for row in ("base", "human"))
-    lines = [("base", base), *trained.items(), ("human", human)]
+    lines = [("base", base), *found.items(), ("human", human)]
     parts = [
         f"`python -m benchmarks.comparison run {comparison.name}`",
         results_table(lines, MEASURES),
         "\n".join(f"* {name}: {text}." for name, text in gap_lines(found).items()),
-        results_table(list(trained.items()), COST),
-        "\n\n".join(cost_line(name, results) for name, results in trained.items()),
+        results_table(list(found.items()), COST),
+        "\n\n".join(cost_line(name, results) for name, results in found.items()),
     ]
     for axis, label in AXES:
         file = f"{comparison.name}-{axis}.svg"
         panels: dict[str, dict[str, Band]] = {
-            title: {name: over_steps(results, key, "curve", axis) for name, results in trained.items()}
+            title: {name: over_steps(results, key, "curve", axis) for name, results in found.items()}
             for title, key in PANELS
         }
         write_whole(figures / file, chart(panels, x_label=label, from_zero=False))
@@ -180,15 +228,15 @@ def section(comparison: Comparison, found: Mapping[Method, Sequence[Result]], fi
     return "\n\n".join(part for part in parts if part)
 
 
-def gap_lines(found: Mapping[Method, Sequence[Result]]) -> dict[str, str]:
-    """How much of the way from the base to `sft` each other method goes, in the means; none without `sft`."""
-    if not found.get("sft"):
+def gap_lines(found: Lines) -> dict[str, str]:
+    """How much of the way from the base to `sft` each other entry goes, in the means; none without `sft`."""
+    if "sft" not in found:
         return {}
     said = {}
-    for method, results in found.items():
-        if method != "sft" and results:
+    for name, results in found.items():
+        if name != "sft":
             shares = [f"{title} {closed(results, found['sft'], of):.0%}" for title, of in CLOSED]
-            said[results[0]["method"]] = f"of the way from the base to sft in {', '.join(shares)}"
+            said[name] = f"of the way from the base to sft in {', '.join(shares)}"
     return said
 
 
@@ -220,10 +268,10 @@ def _in_place(results: Sequence[Result], row: str) -> list[Result]:
     return [{**result, "test": {"best": given}} for result, given in zip(results, rows, strict=True)]
 
 
-def _train(comparison: Comparison, method: Method, seed: int, folder: Path) -> None:
+def _train(comparison: Comparison, entry: Entry, seed: int, folder: Path) -> None:
     command = [
         *(str(Path(sys.executable).with_name("rlgaf")), "train", str(comparison.example), "--auto-resume"),
-        *("--run.method", method, "--run.seed", str(seed)),
+        *("--run.method", entry.method, "--run.seed", str(seed), *entry.options),
         *("--run.name", folder.name, "--run.output", str(folder.parent)),
     ]
     typer.echo(f"$ {' '.join(['rlgaf', *command[1:]])}")

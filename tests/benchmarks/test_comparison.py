@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import typer
 from run_folders import finished_run
 from typer.testing import CliRunner
 
@@ -16,14 +17,19 @@ ROOT = Path(__file__).parents[2]
 
 def test_runs_are_kept_and_reported(tmp_path: Path) -> None:
     results, out = tmp_path / "raw", tmp_path / "docs" / "results.md"
-    for method, seed, best in (("sft", 0, 0.5), ("sft", 1, 0.5), ("rlgaf", 0, 0.6), ("rlhf", 0, 0.8)):
-        folder = tmp_path / "runs" / f"{method}{seed}"
-        finished_run(folder, seed, method, best)
+    for entry, seed, best in (
+        ("sft", 0, 0.5),
+        ("sft", 1, 0.5),
+        ("rlgaf, per token", 0, 0.6),
+        ("gad", 0, 0.8),
+    ):
+        folder = tmp_path / "runs" / f"{entry}{seed}"
+        finished_run(folder, seed, entry, best)
         kept = CliRunner().invoke(
-            comparison.app, ["keep", str(folder), "quickstart", "--results", str(results)]
+            comparison.app, ["keep", str(folder), "quickstart", entry, "--results", str(results)]
         )
         assert kept.exit_code == 0, kept.output
-        assert (results / "quickstart" / f"{method}.seed{seed}.json").is_file()
+    assert (results / "quickstart" / "rlgaf-per-token.seed0.json").is_file()
     begin, end = markers("quickstart", comparison.COMMAND)
     out.parent.mkdir()
     out.write_text(f"{begin}\n{end}\n")
@@ -33,8 +39,8 @@ def test_runs_are_kept_and_reported(tmp_path: Path) -> None:
     assert "| base | 4 | 0.900 |" in text
     assert "| sft | 2 | 0.500 |" in text
     assert "| human | 4 | 0.500 | - | - | - |" in text
-    assert "* rlgaf: of the way from the base to sft in C2ST 75%, NLL 75%, chrF 75%." in text
-    assert "* rlhf: of the way from the base to sft in C2ST 25%, NLL 25%, chrF 25%." in text
+    assert "* rlgaf, per token: of the way from the base to sft in C2ST 75%, NLL 75%, chrF 75%." in text
+    assert "* gad: of the way from the base to sft in C2ST 25%, NLL 25%, chrF 25%." in text
     for axis in ("minutes", "samples"):
         file = out.parent / "figures" / f"quickstart-{axis}.svg"
         assert len(ElementTree.parse(file).getroot().findall("{*}polyline")) == 3
@@ -42,8 +48,8 @@ def test_runs_are_kept_and_reported(tmp_path: Path) -> None:
 
 def test_every_method_runs_once_before_any_runs_twice() -> None:
     order = comparison.wanted(comparison.COMPARISONS["debian-synopses"])
-    assert [seed for _, seed in order] == [0, 0, 0, 0, 1, 1, 2, 2]
-    assert {method for method, _ in order[:4]} == {"sft", "rlgaf", "rlhf", "gad"}
+    assert [seed for _, seed in order] == [0, 0, 0, 0, 0, 1, 1, 2, 2]
+    assert {entry.method for entry, _ in order[:5]} == {"sft", "rlgaf", "rlhf", "gad"}
 
 
 @pytest.mark.parametrize("name", comparison.COMPARISONS)
@@ -52,11 +58,14 @@ def test_the_document_has_a_place_for_it_and_its_runs_are_configured(name: str) 
     for marker in markers(name, comparison.COMMAND):
         assert text.count(marker) == 1
     found = comparison.COMPARISONS[name]
-    for method in found.seeds:
-        assert load(ROOT / found.example, ["--run.method", method]).run.method == method
+    for entry in found.entries:
+        config = load(ROOT / found.example, ["--run.method", entry.method, *entry.options])
+        assert (config.discriminator.level == "token") == ("per token" in entry.name)
 
 
-def test_an_unknown_comparison_names_those_that_are() -> None:
+def test_an_unknown_name_is_answered_with_those_that_are() -> None:
     answer = CliRunner().invoke(comparison.app, ["run", "poems"])
     assert answer.exit_code == 2
     assert "quickstart, debian-synopses" in " ".join(answer.output.split())
+    with pytest.raises(typer.BadParameter, match="sft; rlgaf; frozen reward model; gad"):
+        comparison.COMPARISONS["quickstart"].entry("ppo")
