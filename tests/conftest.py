@@ -4,6 +4,7 @@ demonstrations.
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell that runs them in the background has the tests and their children ignore the Ctrl-C that some send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EOS = "<|end|>"
 CHAT_TEMPLATE = (

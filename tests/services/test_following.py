@@ -137,12 +137,9 @@ def control_c_after(text: str) -> Tail:
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     monkeypatch.setattr("services.jobs.client.LOST_S", LOST_S)
     monkeypatch.setattr("services.jobs.client.POLL_S", 0.05)
-    # A shell that runs the tests in the background has them ignore Ctrl-C.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     made = Dashboard()
     yield made
     made.close()
-    signal.signal(signal.SIGINT, handler)
 
 
 def followed(dashboard: Dashboard) -> tuple[int, str]:
