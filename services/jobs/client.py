@@ -22,6 +22,8 @@ CONNECT_S = 15.0
 REQUEST_S = 120.0
 LOST_S = 300.0
 """How long a cluster may be out of reach while a job is followed."""
+QUIET_S = 300.0
+"""How long a log may be silent before the cluster is asked whether it is still there."""
 POLL_S = 1.0
 
 
@@ -145,7 +147,7 @@ class JobClient:
 
         while True:
             try:
-                await self._tail(job, hand_on)
+                whole = await self._tail(job, hand_on)
                 info = await asyncio.to_thread(self._client.get_job_info, job)
             except (aiohttp.ClientError, OSError, RuntimeError) as error:  # those of requests are OSErrors
                 lost = lost or time.monotonic()
@@ -153,12 +155,20 @@ class JobClient:
                     raise LostJob(f"{self.address} is out of reach ({error}); job {job} may go on") from None
             else:
                 lost = None
-                if info.status.is_terminal():
+                if whole and info.status.is_terminal():
                     return JobEnd(str(info.status), info.message or "", info.driver_exit_code)
             await asyncio.sleep(POLL_S)
 
-    async def _tail(self, job: str, write: Callable[[str, int], None]) -> None:
+    async def _tail(self, job: str, write: Callable[[str, int], None]) -> bool:
+        """Hand on the log to its end; False where it fell silent before."""
         position = 0
-        async for text in self._client.tail_job_logs(job):
+        chunks = self._client.tail_job_logs(job)
+        while True:
+            try:
+                text = await asyncio.wait_for(anext(chunks), QUIET_S)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
             write(text, position)
             position += len(text)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,16 @@ def breaks_after(seconds: float, text: str) -> Tail:
     return tail
 
 
+def silent_after(text: str) -> Tail:
+    """A connection that sends `text` and no more; it holds until the client leaves."""
+
+    async def tail(_: web.Request, answer: web.WebSocketResponse) -> None:
+        await answer.send_str(text)
+        await answer.receive()
+
+    return tail
+
+
 def control_c_after(text: str) -> Tail:
     """A connection that sends `text`; then the user presses Ctrl-C. It holds until the client leaves."""
 
@@ -185,6 +196,17 @@ def test_a_cluster_that_is_out_of_reach_for_longer_is_given_up(dashboard, capsys
     assert f"job {JOB} may go on" in said
     assert capsys.readouterr().out == "one\n"
     assert 3 <= len(dashboard.asked) <= 2 + LOST_S / 0.05, "it tries again all the while, and no longer"
+
+
+def test_a_connection_that_is_dead_without_a_word_does_not_hold_it(dashboard, monkeypatch, capsys):
+    monkeypatch.setattr("services.jobs.client.QUIET_S", 0.5)
+    dashboard.tails = [silent_after("one\n")]
+    began = time.monotonic()
+    code, said = followed(dashboard)
+    assert code == 0, said
+    assert time.monotonic() - began < 20
+    assert dashboard.asked == ["log", "log"]
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
 def test_control_c_stops_the_job_and_follows_it_to_its_end(dashboard, capsys):
