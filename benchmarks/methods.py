@@ -20,9 +20,9 @@ from benchmarks.grids import GRIDS
 from benchmarks.known_modes import full_system, planning
 from benchmarks.known_modes.cells import Grid, Task
 from benchmarks.known_modes.reporting import REPORT, write_report
-from learner.environment import WORKER_ENVIRONMENT
+from learner.environment import worker_environment
 
-ONE_THREAD = WORKER_ENVIRONMENT | {
+ONE_THREAD = worker_environment() | {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",

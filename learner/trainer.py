@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 
-from learner.environment import WORKER_ENVIRONMENT
+from learner.environment import worker_environment
 
 POLL_S = 20.0
 # Ray Train's controller polls its ranks only to see them die; what they do is seen through the mailbox. Its
@@ -227,7 +227,7 @@ class TrainerGroup:
             run_config=RunConfig(
                 name=self.role,
                 storage_path=self.plan.storage,
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                worker_runtime_env={"env_vars": worker_environment()},
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )

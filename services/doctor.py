@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from learner.environment import jemalloc
 from rollout.engine import check_vllm_version
 from services.plan import cpu_torch, machine_gpus
 
@@ -55,6 +56,8 @@ def findings() -> Iterator[Finding]:
     yield Finding(
         "g++", compiler or "missing", "" if compiler else "install g++ (Debian: apt-get install g++)"
     )
+    library = jemalloc()
+    yield Finding("allocator", f"jemalloc, {library}" if library else "glibc's: Ray brings no jemalloc here")
     yield Finding("free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB")
     address = os.environ.get("RAY_ADDRESS")
     yield Finding("RAY_ADDRESS", address or "not set: a local Ray is started and stopped with each run")

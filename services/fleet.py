@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from learner.environment import WORKER_ENVIRONMENT
+from learner.environment import worker_environment
 from rollout.worker import RolloutWorker
 from services.config import Config
 from services.plan import ResourcePlan
@@ -44,7 +44,7 @@ class RolloutFleet:
 
     def _create(self, index: int) -> Any:
         config = self.config
-        environment = WORKER_ENVIRONMENT | {
+        environment = worker_environment() | {
             "OMP_NUM_THREADS": str(self.role.threads),
             "TOKENIZERS_PARALLELISM": "false",
         }

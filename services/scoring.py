@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
-from learner.environment import WORKER_ENVIRONMENT
+from learner.environment import worker_environment
 from learner.memory import memory_mib
 
 Group = tuple[str, list[tuple[str, bool]]]
@@ -210,7 +210,7 @@ def scoring_app(
         ray_actor_options={
             "num_cpus": scoring.cpus,
             "num_gpus": 1 if use_gpu else 0,
-            "runtime_env": {"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}},
+            "runtime_env": {"env_vars": worker_environment() | {"OMP_NUM_THREADS": str(threads)}},
         },
     ).bind(config, model, model_dtype, versions, threads, token)
     return bound

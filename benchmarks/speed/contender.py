@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.speed.workload import Workload
-from learner.environment import WORKER_ENVIRONMENT
+from learner.environment import worker_environment
 
 Result = dict[str, Any]
 
@@ -46,7 +46,9 @@ class Contender:
         threads = str(Workload.read(workload).threads)
         # The allocator's and OpenMP's settings that rlgaf gives its own processes, for all contenders.
         environment = (
-            os.environ | WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+            os.environ
+            | worker_environment()
+            | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         )
         reply, write = os.pipe()
         with log.open("w") as output:
