@@ -26,7 +26,7 @@ def read_run(run: Path) -> Result:
     del config["run"]["output"]
     config["policy"]["model"] = "/".join(Path(config["policy"]["model"]).parts[-2:])
     metrics = read_metrics(run / "metrics.jsonl")
-    times = {row["step"]: row["time"] for row in metrics}
+    times = {row["step"]: row["wall_seconds"] for row in metrics}
     samples = summary["prompts_seen"] / max(summary["steps"], 1)
     if summary["responses"]["trained"]:
         samples = summary["responses"]["trained"] / summary["steps"]

@@ -295,14 +295,19 @@ class _Run:
         self.row |= {"evaluation": known, **watched}
         measured.update(flatten(watched))
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this run, those before it was resumed included, the time between them not."""
+        return self.earlier_seconds + time.monotonic() - self.began
+
     def observe(self, step: int, values: dict[str, Any]) -> None:
         """Take the metrics of the step that was just made."""
-        self.row = {"time": time.time(), **values}
+        self.row = {"time": time.time(), "wall_seconds": self.elapsed, **values}
 
     def _record(self, step: int) -> None:
         """Write the step's row, raise alarms, show progress. Step 0 is the base's evaluation."""
         self.lease.check()
-        row, self.row = self.log.log(step, self.row), {}
+        row, self.row = self.log.log(step, {"wall_seconds": self.elapsed, **self.row}), {}
         self.exported.step(row, self.rows[-1] if self.rows else None)
         if self.tracker is not None:
             self.tracker.step(row)
@@ -340,7 +345,7 @@ class _Run:
                 "alarms": self.alarms.state_dict(),
                 "watch": self.watch.state(),
                 "warm": self.warm,
-                "seconds": self.earlier_seconds + time.monotonic() - self.began,
+                "seconds": self.elapsed,
             }
             await asyncio.to_thread(self.checkpoints.commit, step, state)
         await self._copy()
@@ -378,7 +383,7 @@ class _Run:
 
         self.lease.check()
         config, folder = self.config, self.config.folder
-        wall = self.earlier_seconds + time.monotonic() - self.began
+        wall = self.elapsed
         phases = self.controller.timer.totals()
         samples = self.evaluator.samples(config.evaluation.shown_samples)
         budget: dict[str, Any] = self.controller.budget.state()

@@ -32,8 +32,15 @@ def finished_run(folder: Path, seed: int, method: str = "rlgaf", best: float = 0
         '[policy]\nmodel = "/home/me/assets/known-modes/base"\n'
     )
     rows = (
-        {"step": 0, "time": 30.0},
-        {"step": 1, "time": 60.0, "reward/mean": 0.5, "policy/kl": 0.01, "sync/wire_s": 0.1},
-        {"step": 60, "time": 150.0},
+        {"step": 0, "time": 30.0, "wall_seconds": 30.0},
+        {
+            "step": 1,
+            "time": 60.0,
+            "wall_seconds": 60.0,
+            "reward/mean": 0.5,
+            "policy/kl": 0.01,
+            "sync/wire_s": 0.1,
+        },
+        {"step": 60, "time": 950.0, "wall_seconds": 150.0},
     )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
