@@ -33,6 +33,21 @@ def discounted_returns(rewards: torch.Tensor, offsets: torch.Tensor, gamma: floa
     return table[real]
 
 
+def going_on(rewards: torch.Tensor, offsets: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Rewards [N] of responses whose last token is earned again for ever: r_T / (1 - gamma) in r_T's place.
+
+    The absorbing state of Kostrikov et al. 2019 ("Discriminator-Actor-Critic", sec. 4.1). A return that ends
+    with the response is larger the more tokens follow where rewards are positive, and smaller where they are
+    negative, whatever the tokens: it pays for not ending, or for ending. So continued, equal rewards make
+    equal returns at any length. Raises ValueError for gamma = 1, where the sum has no bound.
+    """
+    if gamma >= 1:
+        raise ValueError("a reward that goes on for ever needs gamma < 1")
+    result = rewards.clone()
+    result[offsets[1:][offsets.diff() > 0] - 1] /= 1 - gamma
+    return result
+
+
 def advantages(
     returns: torch.Tensor,
     offsets: torch.Tensor,

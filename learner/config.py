@@ -205,6 +205,10 @@ class LearnerConfig(OptimizerConfig):
     token).
     """
 
+    absorbing_end: bool = False
+    """Count the reward of a response's last token as earned again for ever, so that per-token rewards do not
+    pay for length (discounted: needs gamma < 1)."""
+
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     """gae: 1 trusts the rewards (little bias), 0 the critic (little variance)."""
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from learner import lora
-from learner.advantages import estimate_advantages, importance_weights
+from learner.advantages import estimate_advantages, going_on, importance_weights
 from learner.batching import evaluate, minibatches, rank_batches, token_shares
 from learner.config import LearnerConfig
 from learner.critic import Critic
@@ -120,6 +120,9 @@ class PolicyLearner:
         clock.lap("pack")
 
         cfg = self.cfg
+        gamma = 1.0 if cfg.gamma is None else cfg.gamma
+        if cfg.absorbing_end:
+            rewards = going_on(rewards, samples.offsets, gamma)
         old = reference = values = None
         if cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl_in == "reward"):
             old = self._logprobs(self.trainable.engine, batches, samples.tokens)
@@ -137,7 +140,7 @@ class PolicyLearner:
             rewards,
             samples.offsets,
             samples.group_index,
-            gamma=1.0 if cfg.gamma is None else cfg.gamma,
+            gamma=gamma,
             baseline=cfg.baseline,
             whiten=cfg.whiten,
             values=values,

@@ -138,6 +138,11 @@ class Config(Section):
                 + scoring.http_token
             )
         problems += _gumbel_problems(self)
+        if self.learner.absorbing_end and (self.discriminator.level == "sequence" or self.gamma == 1):
+            problems.append(
+                "learner.absorbing_end continues per-token rewards under a discount: set discriminator.level "
+                '= "token" and learner.gamma below 1, or drop it'
+            )
         problems += method_problems(self)
         if problems:
             raise ValueError("; ".join(problems))

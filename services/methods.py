@@ -74,9 +74,9 @@ UNREAD_BY_SFT = (
         f"learner.{name}"
         for name in (
             "epochs", "minibatches", "loss", "clip_low", "clip_high", "dual_clip", "advantage", "gamma",
-            "gae_lambda", "baseline", "whiten", "kl_coef", "kl_target", "kl_gain", "kl_estimator", "kl_in",
-            "entropy_coef", "importance", "importance_cap", "importance_floor", "normalise",
-            "constant_length", "critic", "gumbel",
+            "absorbing_end", "gae_lambda", "baseline", "whiten", "kl_coef", "kl_target", "kl_gain",
+            "kl_estimator", "kl_in", "entropy_coef", "importance", "importance_cap", "importance_floor",
+            "normalise", "constant_length", "critic", "gumbel",
         )
     ),
 )  # fmt: skip

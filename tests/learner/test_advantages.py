@@ -6,7 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from learner.advantages import estimate_advantages, group_standardised, importance_weights, leave_one_out
+from learner.advantages import (
+    discounted_returns,
+    estimate_advantages,
+    going_on,
+    group_standardised,
+    importance_weights,
+    leave_one_out,
+)
 
 LENGTHS = [3, 0, 4, 1, 5, 2, 6]
 OFFSETS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
@@ -27,6 +34,26 @@ def members(trajectory):
 def returns():
     torch.manual_seed(5)
     return torch.randn(N)
+
+
+def test_a_last_reward_goes_on_as_in_a_long_sum(returns):
+    expected = [
+        sum(0.6**k * row[min(t + k, len(row) - 1)] for k in range(200))
+        for row in parts(returns)
+        for t in range(len(row))
+    ]
+    found = discounted_returns(going_on(returns, OFFSETS, 0.6), OFFSETS, 0.6)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_equal_rewards_that_go_on_pay_for_no_length():
+    equal = torch.full((N,), 0.7)
+    paid, _ = estimate_advantages("return", equal, OFFSETS, GROUPS, gamma=0.25)
+    assert paid.abs().max() > 0.1, "the end would be discouraged"
+    even, _ = estimate_advantages("return", going_on(equal, OFFSETS, 0.25), OFFSETS, GROUPS, gamma=0.25)
+    torch.testing.assert_close(even, torch.zeros(N))
+    with pytest.raises(ValueError, match="gamma < 1"):
+        going_on(equal, OFFSETS, 1.0)
 
 
 def test_leave_one_out_by_a_slow_loop(returns):

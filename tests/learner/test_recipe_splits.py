@@ -42,7 +42,13 @@ RECIPES = {
         "importance": "masked",
         "importance_floor": 0.7,
     },
-    "rloo, adaptive": {"advantage": "rloo", "kl_coef": 0.1, "kl_target": 0.01, "entropy_coef": 0.01},
+    "rloo, adaptive, absorbing end": {
+        "advantage": "rloo",
+        "absorbing_end": True,
+        "kl_coef": 0.1,
+        "kl_target": 0.01,
+        "entropy_coef": 0.01,
+    },
     "reinforce_plus_plus": {
         "advantage": "reinforce_plus_plus",
         "kl_coef": 0.1,

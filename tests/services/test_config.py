@@ -67,6 +67,11 @@ def test_unknown_field_in_a_file_names_the_file_and_every_one_of_them(tmp_path):
         (["--learner.epochs=2", "--learner.loss=reinforce"], ["learner", "epochs", "ppo_clip"]),
         (["--data.test_fraction=0.45", "--data.heldout_fraction=0.45"], ["data", "fractions"]),
         (["--discriminator.body=encoder", "--discriminator.level=token"], ["discriminator", "causal"]),
+        (["--learner.absorbing_end=true"], ["learner.absorbing_end", "discriminator.level"]),
+        (
+            ["--learner.absorbing_end=true", "--discriminator.level=token", "--learner.gamma=1"],
+            ["learner.absorbing_end", "learner.gamma below 1"],
+        ),
         (["--run.steps=0"], ["run.steps", "0"]),
         (["--learner.lr=-1e-5"], ["learner.lr", "-1e-05"]),
         (["--learner.zero_stage=4"], ["learner.zero_stage", "4"]),
