@@ -90,6 +90,9 @@ def _entries(alone: Sequence[int]) -> tuple[Entry, ...]:
         Entry("frozen reward model", "rlhf", alone),  # no preference pairs in these examples
         Entry("gad", "gad", alone),
         Entry("rlgaf, per token", "rlgaf", alone, PER_TOKEN),
+        Entry(
+            "rlgaf, per token, absorbing end", "rlgaf", alone, (*PER_TOKEN, "--learner.absorbing_end", "true")
+        ),
     )
 
 
