@@ -28,9 +28,10 @@ from services.evaluation.extra_measures import Answers, load_extra_measures, wit
 from services.evaluation.monitors import evaluation_monitors
 from services.policy_side import PolicySide
 from services.report import write_samples
+from services.run_folder import BEST_RECORD
 
 Row = dict[str, Any]
-BEST = ("best", "samples/test-best.parquet", "samples/best.json")
+BEST = ("best", "samples/test-best.parquet", BEST_RECORD)
 """What is kept of the best policy in the run's folder: model, test responses, record."""
 
 
@@ -131,17 +132,15 @@ class Evaluator:
         """For the checkpoint."""
         return {
             "curve": self.curve,
-            "best_step": self.best_step,
-            "best_key": self.best_key,
             "test_nll": self.test_nll,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. The best policy is the one that the folder has the record of, which may be
+        younger; without a record, as in a copy that was cut off there, the next one evaluated is the best."""
         self.curve = [(step, row) for step, row in state["curve"]]
-        self.best_step, self.best_key = state["best_step"], state["best_key"]
         self.test_nll = state["test_nll"]
-        self._settle_best()  # which may be younger than the checkpoint: it stays the best there is
+        self._settle_best()
 
     async def _keep_best(self, step: int, key: float) -> None:
         """Put the policy in place of the best one before."""

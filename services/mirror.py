@@ -2,7 +2,8 @@
 
 Protocol: `push` after every checkpoint and at the end; `pull` before a run goes on. Invariant: the manifest
 of a checkpoint is the last of its files to arrive, on either side, and the first to go, so a checkpoint that
-is listed with its manifest is whole at every moment.
+is listed with its manifest is whole at every moment. The record of the best policy seals its model and
+responses in the same way, and arrives before the manifest of a checkpoint made after it.
 """
 
 import threading
@@ -12,6 +13,7 @@ from pyarrow import fs
 
 from services.checkpoint import MANIFEST, Checkpoints
 from services.config import Config, ConfigError
+from services.run_folder import BEST_RECORD
 
 CHECKPOINTS = "checkpoints"
 NOT_COPIED = "ray"
@@ -50,17 +52,14 @@ class Mirror:
             raise OSError("the copy begun earlier is still under way")
         try:
             here, there = self._local(), set(self._listed())
-            self._remove(there - set(here))
-            copied = 0
-            for name in sorted(here, key=_manifests_last):
-                stat = here[name].stat()
-                stamp = (stat.st_size, stat.st_mtime_ns)
-                if name in there and self._pushed.get(name) == stamp:
-                    continue
+            stats = {name: path.stat() for name, path in here.items()}
+            stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+            new = [name for name in here if name not in there or self._pushed.get(name) != stamps[name]]
+            self._remove((there - set(here)) | ({BEST_RECORD} & there & set(new)))
+            for name in sorted(new, key=_seals_last):
                 self._upload(here[name], name)
-                self._pushed[name] = stamp
-                copied += stat.st_size
-            return copied
+                self._pushed[name] = stamps[name]
+            return sum(stats[name].st_size for name in new)
         finally:
             self._busy.release()
 
@@ -76,7 +75,7 @@ class Mirror:
         wanted = [
             name for name in names if _checkpoint_of(name) is None or _checkpoint_of(name) == max(steps)
         ]
-        for name in sorted(wanted, key=_manifests_last):
+        for name in sorted(wanted, key=_seals_last):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             fs.copy_files(
@@ -123,7 +122,7 @@ class Mirror:
         )
 
     def _remove(self, names: set[str]) -> None:
-        for name in sorted(names, key=_manifests_last, reverse=True):
+        for name in sorted(names, key=_seals_last, reverse=True):
             self.remote.delete_file(f"{self.base}/{name}")
             self._pushed.pop(name, None)
 
@@ -176,5 +175,5 @@ def _steps(names: list[str]) -> list[int]:
     return [step for step in steps if step is not None]
 
 
-def _manifests_last(name: str) -> tuple[bool, str]:
-    return PurePosixPath(name).name == MANIFEST, name
+def _seals_last(name: str) -> tuple[int, str]:
+    return 2 if PurePosixPath(name).name == MANIFEST else int(name == BEST_RECORD), name

@@ -11,6 +11,8 @@ from services.config import Config, ConfigError
 from services.lease import LEASE, wait_until_free
 
 LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard", LEASE}
+BEST_RECORD = "samples/best.json"
+"""Which policy `best/` and its test responses are; they are whole where it is."""
 BEGIN_ANEW = "start it with --auto-resume, which renames what an earlier attempt left and begins anew"
 
 

@@ -147,3 +147,18 @@ def test_what_is_kept_of_the_best_is_of_one_policy_wherever_it_is_killed(tmp_pat
     assert kept(folder, first) == [2] * 5
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {1, 2}
+
+
+def test_without_a_record_the_next_policy_is_the_best(tmp_path, evaluations_are_cheap):
+    """As in a folder from a copy that was cut off while a new best was sent."""
+    policy = Policy()
+    first = evaluator(tmp_path, policy)
+    asyncio.run(first.selection(0))
+    policy.weights = 2
+    asyncio.run(first.selection(10))
+    (tmp_path / "run" / "samples" / "best.json").unlink()
+    resumed = evaluator(tmp_path, policy)
+    resumed.load_state(json.loads(json.dumps(first.state())))
+    policy.weights = 1
+    asyncio.run(resumed.selection(20))
+    assert kept(tmp_path, resumed) == [1, 1, 2, 1, 1]

@@ -1,6 +1,7 @@
 """The copy of a run's folder: on a local file system, and on a real S3 service where one is named."""
 
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -108,6 +109,54 @@ def test_a_broken_push_leaves_no_half_checkpoint(
     monkeypatch.undo()
     broken.push()
     assert Mirror(here, url).newest() == 2
+
+
+def test_a_broken_push_pairs_no_new_model_with_an_old_record(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here" / "r", tmp_path / "elsewhere" / "r"
+
+    def best(of: str) -> dict[str, bytes]:
+        files = {"best/weights": of, "samples/test-best.parquet": of, "samples/best.json": of}
+        for name, text in files.items():
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).write_text(text)
+        return {name: text.encode() for name, text in files.items()}
+
+    def pulled() -> dict[str, bytes]:
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        assert fetch_newer(_config(elsewhere.parent, url)) is not None
+        return {name: data for name, data in _files(elsewhere).items() if "best" in name}
+
+    first = best("step 1")
+    _checkpoint(here, 1)
+    mirror = Mirror(here, url)
+    mirror.push()
+    assert pulled() == first
+
+    second = best("step 22")
+    _checkpoint(here, 2)
+    upload, left = mirror._upload, 0
+
+    def fails_later(path: Path, name: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise OSError("connection lost")
+        left -= 1
+        upload(path, name)
+
+    monkeypatch.setattr(mirror, "_upload", fails_later)
+    for uploads in range(1, 100):
+        left = uploads
+        try:
+            mirror.push()
+        except OSError:
+            found = pulled()
+            record = found.get("samples/best.json")
+            assert record is None or found == {name: record for name in found}, f"after {uploads} uploads"
+        else:
+            break
+    assert pulled() == second
 
 
 def test_an_older_copy_is_not_fetched(tmp_path: Path, url: str) -> None:
