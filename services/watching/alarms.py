@@ -201,14 +201,14 @@ def repetition(rows: Rows, bounds: AlarmBounds) -> str | None:
 
 def length_hacking(rows: Rows, bounds: AlarmBounds) -> str | None:
     """`reward/length_spearman` pulls the length one way and `monitor/length_ratio` has gone that way, past
-    the humans."""
+    the humans, and past the base, which may have been there already."""
     pull = _recent(rows, "reward/length_spearman", bounds.window)
-    ratio = _recent(rows, "monitor/length_ratio", 1)
+    ratio = [float(row["monitor/length_ratio"]) for row in rows if "monitor/length_ratio" in row]
     if not pull or not ratio:
         return None
     mean = sum(pull) / len(pull)
-    longer = mean > bounds.length_rank_correlation and ratio[-1] > bounds.length_drift
-    shorter = mean < -bounds.length_rank_correlation and ratio[-1] < 1 / bounds.length_drift
+    longer = mean > bounds.length_rank_correlation and ratio[-1] > max(bounds.length_drift, ratio[0])
+    shorter = mean < -bounds.length_rank_correlation and ratio[-1] < min(1 / bounds.length_drift, ratio[0])
     if longer or shorter:
         return (
             f"responses are {ratio[-1]:.2f} times as long as the humans', and reward's rank correlation with "

@@ -2,8 +2,14 @@
 which one is killed, scoring replicas. The policy gradient is mixed with a Gumbel-Softmax update.
 """
 
+import subprocess
+from pathlib import Path
+
+import psutil
 import pytest
 from launching import PROMPTS, SAMPLES, Finished, Launch, kill_a_rollout_worker
+
+from learner.environment import jemalloc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -26,9 +32,34 @@ TWO_OF_EVERYTHING = {
 }
 
 
+COMPUTING = ("ray::RayTrainWorker", "ray::RolloutWorker", "ray::ServeReplica", "VLLM::EngineCore")
+
+
 @pytest.fixture(scope="module")
-def scaled(launch: Launch) -> Finished:
-    return launch("scaled", TWO_OF_EVERYTHING, meanwhile=kill_a_rollout_worker)
+def allocators() -> dict[str, set[bool]]:
+    """By kind of process that computes: whether those of the run had jemalloc; filled by the run."""
+    return {kind: set() for kind in COMPUTING}
+
+
+@pytest.fixture(scope="module")
+def scaled(launch: Launch, allocators: dict[str, set[bool]]) -> Finished:
+    def look_and_kill(process: "subprocess.Popen[str]", folder: Path) -> None:
+        kill_a_rollout_worker(process, folder)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                line, maps = " ".join(child.cmdline()), Path(f"/proc/{child.pid}/maps").read_text()
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                continue  # among others the one that was killed
+            for kind in COMPUTING:
+                if line.startswith(kind):
+                    allocators[kind].add("libjemalloc" in maps)
+
+    return launch("scaled", TWO_OF_EVERYTHING, meanwhile=look_and_kill)
+
+
+@pytest.mark.skipif(jemalloc() is None, reason="this build of Ray brings no libjemalloc.so")
+def test_every_process_that_computes_allocates_with_jemalloc(scaled, allocators):
+    assert allocators == {kind: {True} for kind in COMPUTING}
 
 
 def test_a_killed_rollout_worker_is_replaced_and_the_run_goes_on(scaled):

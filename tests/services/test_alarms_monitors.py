@@ -63,6 +63,7 @@ CASES = [
     ("repetition", [{}, {"monitor/repetition": 0.4}], 0.1, 6, "40% of the tokens"),
     ("length_hacking", [{}, {}, {"monitor/length_ratio": 1.5}], 0.5, 11, "1.50 times as long"),
     ("length_hacking", [{}, {}, {"monitor/length_ratio": 0.6}], -0.5, 11, "-0.50 over 10 steps"),
+    ("length_hacking", [{"monitor/length_ratio": r} for r in (1.4, 1.1, 1.5)], 0.5, 11, "1.50 times as long"),
     ("copying", [{}, COPYING], 0.1, 6, "at least 8.0% (55.0%, natural 33.0%)"),
     ("cycling", [{}, {"monitor/recurrence": 1.1}], 0.1, 6, "by 1.10 more"),
 ]
@@ -99,6 +100,9 @@ def test_each_monitor_raises_its_alarm_once(name, evaluations, spearman, step, t
         ([{}, {}, {"monitor/length_ratio": 1.6}], 0.1),
         ([{}, {}, {"monitor/length_ratio": 0.7}], 0.6),
         ([{}, {}, {"monitor/length_ratio": 1.2}], 0.6),
+        # A base that was too long or too short before any reward.
+        ([{"monitor/length_ratio": 1.6}] * 3, 0.6),
+        ([{"monitor/length_ratio": 0.5}] * 3, -0.6),
         ([{}, {"monitor/copy_rate": 0.4, "monitor/copy_excess": 0.01}], 0.1),
         ([{}, {"monitor/recurrence": 0.4}], 0.1),
     ],
