@@ -79,28 +79,32 @@ class Comparison:
         raise typer.BadParameter(f"no entry {name!r}; there are {'; '.join(e.name for e in self.entries)}")
 
 
-PER_TOKEN = ("--discriminator.level", "token", "--discriminator.reward.form", "prob")
+def _options(level: str, form: str, absorbing_end: str) -> tuple[str, ...]:
+    judge = ("--discriminator.level", level, "--discriminator.reward.form", form)
+    return (*judge, "--learner.absorbing_end", absorbing_end)
 
 
-def _entries(alone: Sequence[int]) -> tuple[Entry, ...]:
-    """All methods: three seeds of `sft` and `rlgaf`, the seeds `alone` of the others."""
+def _entries(alone: Sequence[int], *others: Entry) -> tuple[Entry, ...]:
+    """All methods as the example has them, and `others`; three seeds of `sft` and `rlgaf`, `alone` else."""
     return (
         Entry("sft", "sft", (0, 1, 2)),
         Entry("rlgaf", "rlgaf", (0, 1, 2)),
         Entry("frozen reward model", "rlhf", alone),  # no preference pairs in these examples
         Entry("gad", "gad", alone),
-        Entry("rlgaf, per token", "rlgaf", alone, PER_TOKEN),
-        Entry(
-            "rlgaf, per token, absorbing end", "rlgaf", alone, (*PER_TOKEN, "--learner.absorbing_end", "true")
-        ),
+        *(replace(entry, seeds=alone) for entry in others),
     )
 
 
+WHOLE, PER_TOKEN, ABSORBING = (
+    Entry("rlgaf, whole answers", "rlgaf", (0,), _options("sequence", "neg_log_one_minus_d", "false")),
+    Entry("rlgaf, per token", "rlgaf", (0,), _options("token", "prob", "false")),
+    Entry("rlgaf, per token, absorbing end", "rlgaf", (0,), _options("token", "prob", "true")),
+)
 COMPARISONS = {
     item.name: item
     for item in (
-        Comparison("quickstart", _entries((0, 1, 2))),
-        Comparison("debian-synopses", _entries((0,))),
+        Comparison("quickstart", _entries((0, 1, 2), PER_TOKEN, ABSORBING)),
+        Comparison("debian-synopses", _entries((0,), WHOLE, PER_TOKEN)),
     )
 }
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
