@@ -25,6 +25,8 @@ Verdict = Literal["refuse", "report"]
 Table = dict[str, Separation]
 SIDES = ("demonstrations", "rollouts")
 PAIRED_SIDES = ("chosen answers", "rejected answers")
+LEAST_SHARE = 0.05
+"""Share of the demonstrations that a value needs for its absence among the rollouts to be told."""
 
 
 @dataclass(frozen=True)
@@ -212,16 +214,15 @@ def _judge(
     if not canonicalisation and not named_other:
         why = "It is spelling: canonicalisation removes it, but canonicalisation is off."
         return "refuse", why, "turn canonicalisation on (discriminator.canonical), or " + probe.remedy
-    if (
-        shown.dominant is not None
-        and shown.dominant_share >= config.dominant_share
-        and not shown.among_rollouts
-    ):
-        seen = f"{shown.dominant_share:.0%} of the demonstrations show: {shown.dominant}; 0 of "
-        seen += f"{shown.judged_rollouts} samples of the policy do"
-        if rollouts >= config.absent_from and 4 * shown.judged_rollouts >= config.absent_from:
-            why = f"{seen}: it cannot produce that, so its reward could not rise."
-            return "refuse", why, probe.remedy
-        why = f"{seen}, too few (< {config.absent_from}) to say that it never would."
+    if shown.absent is None or shown.absent_share < LEAST_SHARE:
+        return "report", "The policy produces it too: it counts as part of the task.", ""
+    seen = f"{shown.absent_share:.0%} of the demonstrations show: {shown.absent}; 0 of "
+    seen += f"{shown.judged_rollouts} samples of the policy do"
+    if shown.absent_share < config.dominant_share:
+        why = f"{seen}; what most of them show it produces, and can earn by that."
         return "report", why, probe.remedy
-    return "report", "The policy produces it too: it counts as part of the task.", ""
+    if rollouts >= config.absent_from and 4 * shown.judged_rollouts >= config.absent_from:
+        why = f"{seen}: it cannot produce that, so its reward could not rise."
+        return "refuse", why, probe.remedy
+    why = f"{seen}, too few (< {config.absent_from}) to say that it never would."
+    return "report", why, probe.remedy

@@ -23,7 +23,8 @@ class AuditConfig(Section):
     cue is reported and nothing is refused for it."""
 
     dominant_share: Annotated[float, Field(ge=0.1, le=1)] = 0.5
-    """A value is dominant when at least this share of the demonstrations shows it."""
+    """A run is refused for a value that the policy cannot produce from this share of the demonstrations on;
+    below it the value is reported."""
 
     least_accuracy: Annotated[float, Field(gt=0.5, le=1)] = 0.55
     """A cue is named from this balanced accuracy on, if its interval lies above one half."""

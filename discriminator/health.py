@@ -93,7 +93,7 @@ class HealthGate:
 
     def observe(self, step: int, reading: HealthReading) -> list[Transition]:
         """Move both sides to the states the reading asks for; returns the transitions, none where the states
-        stay.
+        stay, as they all do with `enabled = false`.
 
         Raises:
             ValueError: a number that is not finite; a broken discriminator must not pass for a healthy one.
@@ -101,6 +101,8 @@ class HealthGate:
         for name, value in asdict(reading).items():
             if not abs(value) < float("inf"):
                 raise ValueError(f"held-out {name} of the discriminator is {value} at step {step}")
+        if not self.config.enabled:
+            return []
         changes = []
         after, reason = self._judge(reading)
         self.readings_in_state += 1

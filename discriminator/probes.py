@@ -246,11 +246,11 @@ class Separation:
     demonstrations: tuple[str, ...]
     rollouts: tuple[str, ...]
     """What was seen on either side, the commonest (of numbers: typical ones) first."""
-    dominant: str | None
-    """The commonest value among the demonstrations (None: the probe sees numbers)."""
-    dominant_share: float
-    among_rollouts: int
-    """How many rollouts show the dominant value."""
+    absent: str | None
+    """The demonstrations' commonest value among those that no rollout shows (None: there is none, or the
+    probe sees numbers)."""
+    absent_share: float
+    """Of the demonstrations, 0 where `absent` is None."""
     judged_rollouts: int
     """Rollouts that the probe looked at."""
 
@@ -282,18 +282,18 @@ def separate(
         hits = _table_hits(seen, labels, fold_of)
         counts = Counter(seen[: len(sides[0])])
         others = Counter(seen[len(sides[0]) :])
-        dominant, times = counts.most_common(1)[0]
-        share, among = times / len(sides[0]), others[dominant]
+        absent, times = next(((v, n) for v, n in counts.most_common() if v not in others), (None, 0))
+        share = times / len(sides[0])
         examples = [_commonest(counts), _commonest(others)]
     else:
         numbers = np.array([probe.features(response) for response in both])
         hits = _logistic_hits(numbers, labels, fold_of)
-        dominant, share, among = None, 0.0, 0
+        absent, share = None, 0.0
         split = len(sides[0])
         halves = zip(sides, (numbers[:split, 0], numbers[split:, 0]), strict=True)
         examples = [_typical([probe.see(response) for response in side], first) for side, first in halves]
     accuracy, low, high = balanced_accuracy(hits, labels, prompts, alpha)
-    return Separation(accuracy, low, high, examples[0], examples[1], dominant, share, among, len(sides[1]))
+    return Separation(accuracy, low, high, examples[0], examples[1], absent, share, len(sides[1]))
 
 
 def _fold_order(first: set[str], second: set[str], seed: int) -> dict[str, int]:

@@ -139,6 +139,19 @@ def test_a_mark_that_the_policy_never_makes_is_refused_whatever_the_guard(tokeni
     assert "last character" in {finding.cue for finding in once.findings}
 
 
+def test_a_mark_on_some_demonstrations_is_told_though_not_refused(tokenizer) -> None:
+    """Two in five end with a sign that no sample shows; the rest as the samples do."""
+    texts = [f"{text} §" if index % 5 < 2 else text for index, text in enumerate(sentences(0))]
+    human, model = side(tokenizer, texts), side(tokenizer, sentences(1))
+    report = audited(tokenizer, human, model, on=True)
+    assert not report.refused
+    (finding,) = (found for found in report.findings if found.cue == "last character")
+    assert "40% of the demonstrations show: '§'; 0 of 120 samples of the policy do" in finding.explanation
+    strict = CONFIG.model_copy(update={"dominant_share": 0.4})
+    refused = audited(tokenizer, human, model, on=True, config=strict).refused
+    assert "last character" in {found.cue for found in refused}
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_length_case_and_punctuation_are_the_task(tokenizer, on: bool) -> None:
     model = side(tokenizer, [text[:-1] for text in sentences(1, 10, 14)])

@@ -56,8 +56,10 @@ def test_paused_lasts_until_below_the_slow_bounds_and_leaves_through_train() -> 
 
 def test_switched_off_it_always_allows_the_configured_steps() -> None:
     gate = HealthGate(CONFIG.model_copy(update={"enabled": False}), steps=3)
-    gate.observe(0, reading(accuracy=1.0))
+    assert gate.observe(0, reading(accuracy=1.0)) == []
     assert gate.allowed_steps() == 3
+    assert gate.state is HealthState.TRAIN
+    assert not gate.transitions
 
 
 def test_state_survives_a_checkpoint() -> None:

@@ -104,7 +104,8 @@ def test_reinforce_by_a_slow_loop():
     torch.testing.assert_close(policy_loss(x, entropy_coef=0.1).loss, expected)
 
 
-def test_ppo_clip_by_a_slow_loop():
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_ppo_clip_by_a_slow_loop(estimator):
     x = inputs()
     total, clipped = 0.0, 0.0
     for i in range(11):
@@ -113,8 +114,9 @@ def test_ppo_clip_by_a_slow_loop():
         surrogate = min(ratio * a, bounded * a)
         clipped += float(x.weight[i]) * (surrogate != ratio * a)
         log_r = float(x.reference_logprob[i] - x.logprob[i])
-        total += float(x.weight[i]) * float(x.importance[i]) * (0.05 * log_r**2 / 2 - surrogate)
-    out = policy_loss(x, loss="ppo_clip", clip_low=0.2, clip_high=0.3, kl_coef=0.05, kl_estimator="k2")
+        kl = log_r**2 / 2 if estimator == "k2" else math.exp(log_r) - 1 - log_r
+        total += float(x.weight[i]) * float(x.importance[i]) * (0.05 * kl - surrogate)
+    out = policy_loss(x, loss="ppo_clip", clip_low=0.2, clip_high=0.3, kl_coef=0.05, kl_estimator=estimator)
     assert out.loss.item() == pytest.approx(total, abs=1e-5)
     assert out.sums["clip_fraction"].item() == pytest.approx(clipped, abs=1e-5)
 
