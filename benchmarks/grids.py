@@ -22,6 +22,11 @@ def _form(name: str) -> dict[str, Any]:
     return {"discriminator.reward.form": name, **losses}
 
 
+def _zero(name: str) -> dict[str, Any]:
+    """What a reward form needs per token, where a constant in the scores would pay for length."""
+    return {"discriminator.score_centring": 0.01} if name == "bradley_terry" else {}
+
+
 DEFAULT = Grid(
     "default",
     "Do the default settings keep all modes, with 2,048 demonstrations?",
@@ -38,7 +43,7 @@ REWARDS = Grid(
     (
         REFERENCE,
         *(Cell(f"{name}, sequence", OFTEN | _form(name)) for name in FORMS),
-        *(Cell(f"{name}, per token", OFTEN | _form(name) | PER_TOKEN) for name in FORMS),
+        *(Cell(f"{name}, per token", OFTEN | _form(name) | PER_TOKEN | _zero(name)) for name in FORMS),
         Cell("logit, per token, gamma 1", OFTEN | _form("logit") | PER_TOKEN | {"learner.gamma": 1.0}),
         Cell(
             "equal learning rates, one discriminator step",

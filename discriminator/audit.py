@@ -5,8 +5,8 @@ let the policy learn it), some destroy the training: the policy cannot produce t
 rises. Both tables count: the sides as they came (raw) and as the canonical path spells them. A run is refused
 for two reasons only:
 
-* what the discriminator reads separates by a value that dominates among the demonstrations and that none of
-  at least `absent_from` base samples shows (where a probe looks at complete responses only, a quarter of them
+* what the discriminator reads separates by a value that `dominant_share` of the demonstrations show and none
+  of at least `absent_from` base samples (where a probe looks at complete responses only, a quarter of them
   must be complete);
 * a cue separates the raw sides, canonicalisation removes it, and canonicalisation is off.
 

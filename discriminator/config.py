@@ -355,6 +355,11 @@ class DiscriminatorConfig(OptimizerConfig):
                 f'reward.form = "bradley_terry" is the score of a discriminator trained with loss = '
                 f'"bradley_terry", not "{self.loss}"; for that one\'s score use "logit"'
             )
+        if self.loss == "bradley_terry" and self.length_matched:
+            raise ValueError(
+                'loss = "bradley_terry" weighs the answers to a prompt against each other, so that '
+                "length_matched cannot give both sides one distribution of lengths; use another loss"
+            )
         if self.loss in SHIFT_FREE_LOSSES and form in ANCHORED_FORMS and not self.score_centring:
             raise ValueError(
                 f'loss = "{self.loss}" leaves the zero of the scores open, and reward.form = "{form}" bends '

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from discriminator.config import ANCHORED_FORMS, SHIFT_FREE_LOSSES, DiscriminatorConfig
+from discriminator.config import ANCHORED_FORMS, RAW_FORMS, SHIFT_FREE_LOSSES, DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
 from services.evaluation.config import EvaluationConfig
@@ -138,11 +138,7 @@ class Config(Section):
                 + scoring.http_token
             )
         problems += _gumbel_problems(self)
-        if self.learner.absorbing_end and (self.discriminator.level == "sequence" or self.gamma == 1):
-            problems.append(
-                "learner.absorbing_end continues per-token rewards under a discount: set discriminator.level "
-                '= "token" and learner.gamma below 1, or drop it'
-            )
+        problems += _length_problems(self)
         problems += method_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
@@ -173,6 +169,25 @@ class Config(Section):
     def max_model_len(self) -> int:
         """Longest prompt plus response in tokens."""
         return self.rollout.max_model_len or self.data.max_prompt_tokens + self.sampling.max_tokens
+
+
+def _length_problems(config: Config) -> list[str]:
+    """Why per-token rewards would pay for length."""
+    judge, absorbing = config.discriminator, config.learner.absorbing_end
+    problems = []
+    if absorbing and (judge.level == "sequence" or config.gamma == 1):
+        problems.append(
+            "learner.absorbing_end continues per-token rewards under a discount: set discriminator.level "
+            '= "token" and learner.gamma below 1, or drop it'
+        )
+    open_zero = judge.loss in SHIFT_FREE_LOSSES and judge.reward.form in RAW_FORMS
+    if judge.level == "token" and open_zero and not judge.score_centring and not absorbing:
+        problems.append(
+            f'discriminator.loss = "{judge.loss}" leaves the zero of the scores open, and per token a '
+            "constant in them pays for long responses, or for short ones: set discriminator.score_centring, "
+            "or learner.absorbing_end"
+        )
+    return problems
 
 
 def _gumbel_problems(config: Config) -> list[str]:

@@ -15,6 +15,9 @@ def test_defaults_follow_the_calibration() -> None:
     assert config.buffer.replay_fraction == 0
 
 
+BT = {"loss": "bradley_terry"}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -32,6 +35,7 @@ def test_defaults_follow_the_calibration() -> None:
         ({"reward": {"form": "bradley_terry"}}, 'use "logit"'),
         ({"loss": "bradley_terry"}, "zero of the scores"),
         ({"loss": "wasserstein", "spectral_norm": 1.0}, "zero of the scores"),
+        (BT | {"reward": {"form": "bradley_terry"}, "length_matched": True}, "one distribution of lengths"),
         ({"reward": {"length_control": "deviation"}}, "length_target"),
         ({"reward": {"length_target": 10}}, "length_control"),
         ({"reward": {"length_control": "deviation", "length_target": 9, "length_slack": 2}}, "overlong"),
@@ -60,9 +64,6 @@ def test_sound_combinations_and_their_smoothing(fields, smoothing) -> None:
     config = DiscriminatorConfig(**fields)
     assert config.label_smoothing == smoothing
     assert DiscriminatorConfig(**config.model_dump()) == config
-
-
-BT = {"loss": "bradley_terry"}
 
 
 @pytest.mark.parametrize(

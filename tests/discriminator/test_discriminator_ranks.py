@@ -12,21 +12,20 @@ from judging import judged, small
 from discriminator.trainer import DiscriminatorTrainer
 
 OBJECTIVES = {
-    "bce": ({"level": "token", "lora": {"rank": 2}}, (1, 3)),
+    "bce": ({"level": "token", "lora": {"rank": 2}, "length_matched": True}, (1, 3)),
     "bradley_terry": (
         {
             "loss": "bradley_terry",
             "reward": {"form": "relativistic"},
             "gradient_penalty": 0.1,
             "score_centring": 0.2,
-            "length_matched": True,
             "perturbed_fraction": 0.25,
         },
         (1, 2),
     ),
     "hinge": ({"loss": "hinge"}, (3,)),
     "least_squares": ({"loss": "least_squares", "level": "token"}, (2,)),
-    "wasserstein": ({"loss": "wasserstein", "reward": {"form": "logit"}, "spectral_norm": 0.5}, (3,)),
+    "wasserstein": ({"loss": "wasserstein", "reward": {"form": "logit"}, "spectral_norm": 0.05}, (3,)),
 }
 """Settings by name, and the ZeRO stages under which they run."""
 

@@ -167,10 +167,8 @@ EVERYTHING = {
     "loss": "bradley_terry",
     "reward": {"form": "bradley_terry"},
     "gradient_penalty": 0.5,
-    "spectral_norm": 1.0,
+    "spectral_norm": 0.05,
     "score_centring": 0.3,
-    "length_matched": True,
-    "length_bins": 3,
     "perturbed_fraction": 0.25,
 }
 
@@ -179,6 +177,7 @@ EVERYTHING = {
     "objective",
     [
         EVERYTHING,
+        {"length_matched": True, "length_bins": 3},
         {"loss": "wasserstein", "gradient_penalty": 0.5, "level": "token", "reward": {"form": "logit"}},
     ],
 )

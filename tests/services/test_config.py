@@ -69,6 +69,14 @@ def test_unknown_field_in_a_file_names_the_file_and_every_one_of_them(tmp_path):
         (["--discriminator.body=encoder", "--discriminator.level=token"], ["discriminator", "causal"]),
         (["--learner.absorbing_end=true"], ["learner.absorbing_end", "discriminator.level"]),
         (
+            [
+                "--discriminator.loss=bradley_terry",
+                "--discriminator.reward.form=bradley_terry",
+                "--discriminator.level=token",
+            ],
+            ["pays for long responses", "score_centring", "absorbing_end"],
+        ),
+        (
             ["--learner.absorbing_end=true", "--discriminator.level=token", "--learner.gamma=1"],
             ["learner.absorbing_end", "learner.gamma below 1"],
         ),
