@@ -102,7 +102,8 @@ def _panel(
         parts.append(
             f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/><text x="6" y="{y + 4:.1f}">{value:.2f}</text>'
         )
-    for x, label in ((left, f"{first:g}"), ((left + right) // 2, x_label), (right - 10, f"{last:g}")):
+    ends = [f"{end:.1f}".removesuffix(".0") for end in (first, last)]
+    for x, label in ((left, ends[0]), ((left + right) // 2, x_label), (right - 10, ends[1])):
         parts.append(f'<text x="{x}" y="{lower + 18}">{escape(label)}</text>')
     for row, (name, line) in enumerate(lines.items()):
         if not line:
