@@ -104,7 +104,8 @@ class RewardConfig(Section):
     number per response."""
 
     user_weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Weight of the user's reward; the discriminator's weighs 1."""
+    """Weight of the user's reward; the discriminator's weighs 1. It counts in full for every token of the
+    response, as length control does, whatever learner.gamma."""
 
     user_timeout_s: PositiveFloat = 60.0
     """Deadline of one call of the user's reward, for all responses of a step."""

@@ -173,8 +173,9 @@ def stamp(
     references: Sequence[float] | None = None,
     user_rewards: Sequence[float] | None = None,
 ) -> pa.Table:
-    """Trajectories with the columns disc_version, score (sequence score) and token_rewards, and user_reward
-    where there is one.
+    """Trajectories with the columns disc_version, score (sequence score) and token_rewards: the
+    discriminator's. What length control and the user's function add to a whole response is response_reward,
+    where there is such a thing, and user_reward the function's own.
 
     Args:
         table: trajectories of a whole step (whitening takes its moments over them); `token_ends` is read.
@@ -209,12 +210,8 @@ def stamp(
     flat = whitened(np.concatenate(judged), config) if judged else np.zeros(0)
     parts = np.split(flat, np.cumsum([len(part) for part in judged])[:-1]) if judged else []
     rewards = []
-    for row, (values, span, end) in enumerate(zip(parts, spans, ends, strict=True)):
-        out = _placed(values, span, end, levels[row])
-        out[-1] += length_penalty(len(end), config)
-        if user_rewards is not None:
-            out[-1] += config.user_weight * user_rewards[row]
-        rewards.append(out.astype(np.float32))
+    for values, span, end, at in zip(parts, spans, ends, levels, strict=True):
+        rewards.append(_placed(values, span, end, at).astype(np.float32))
     columns = {
         "disc_version": pa.array([version] * table.num_rows, pa.int32()),
         "score": pa.array([float(score[-1]) for score in scores], pa.float32()),
@@ -222,6 +219,11 @@ def stamp(
     }
     if user_rewards is not None:
         columns["user_reward"] = pa.array(user_rewards, pa.float32())
+    if user_rewards is not None or config.length_control != "off":
+        whole = np.array([length_penalty(len(end), config) for end in ends])
+        if user_rewards is not None:
+            whole += config.user_weight * np.array(user_rewards)
+        columns["response_reward"] = pa.array(whole, pa.float32())
     for name, column in columns.items():
         if name in table.column_names:
             table = table.set_column(table.column_names.index(name), name, column)

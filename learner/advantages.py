@@ -48,6 +48,18 @@ def going_on(rewards: torch.Tensor, offsets: torch.Tensor, gamma: float) -> torc
     return result
 
 
+def undiscounted(whole: torch.Tensor, offsets: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Rewards [N] whose return is whole[i] at every token of trajectory i, for any gamma: r_T = R at the last
+    token and r_t = (1 - gamma) R before, since (1 - gamma) (1 + gamma + ... + gamma^(T-t-1)) + gamma^(T-t) =
+    1. What a response earns as a whole is every token's, however near the discount makes the discriminator's
+    rewards.
+    """
+    lengths = offsets.diff()
+    result = torch.repeat_interleave(whole * (1 - gamma), lengths)
+    result[offsets[1:][lengths > 0] - 1] = whole[lengths > 0]
+    return result
+
+
 def advantages(
     returns: torch.Tensor,
     offsets: torch.Tensor,

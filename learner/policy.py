@@ -1,6 +1,7 @@
 """The policy's training step: scored trajectories in, new weights out.
 
-Rewards arrive as the column `token_rewards` of the trajectories and in no other way. Every rank is given the
+Rewards arrive as columns of the trajectories and in no other way: `token_rewards`, and `response_reward` for
+what a response earns as a whole. Every rank is given the
 whole step's table and takes its share of it by a rule that all ranks compute alike, so shares, advantages and
 normalisation need no talk between ranks:
 
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from learner import lora
-from learner.advantages import estimate_advantages, going_on, importance_weights
+from learner.advantages import estimate_advantages, going_on, importance_weights, undiscounted
 from learner.batching import evaluate, minibatches, rank_batches, token_shares
 from learner.config import LearnerConfig
 from learner.critic import Critic
@@ -34,7 +35,7 @@ from learner.logprobs import ScoredModel
 from learner.losses import LossOutput, PolicyLossInputs, policy_loss
 from learner.packing import Group, PackedBatch
 from learner.pretrained import load_causal_lm
-from learner.samples import Samples, flat_column
+from learner.samples import Samples, flat_column, row_column
 
 KL_STATE = "kl.json"
 
@@ -106,9 +107,9 @@ class PolicyLearner:
         """Update the policy from a step's scored trajectories (whole groups; the same table on every rank).
 
         Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`, with a judge
-        also `prompt_text` and `disc_version`. `lr_factor` scales this step's learning rate; at 0 policy and
-        critic stay as they are. Returns metrics that are equal on all ranks but for the seconds. Raises
-        ValueError for a table without a response token.
+        also `prompt_text` and `disc_version`, and `response_reward` where there is one. `lr_factor` scales
+        this step's learning rate; at 0 policy and critic stay as they are. Returns metrics that are equal on
+        all ranks but for the seconds. Raises ValueError for a table without a response token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -123,6 +124,8 @@ class PolicyLearner:
         gamma = 1.0 if cfg.gamma is None else cfg.gamma
         if cfg.absorbing_end:
             rewards = going_on(rewards, samples.offsets, gamma)
+        if "response_reward" in table.column_names:
+            rewards = rewards + undiscounted(row_column(table, "response_reward"), samples.offsets, gamma)
         old = reference = values = None
         if cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl_in == "reward"):
             old = self._logprobs(self.trainable.engine, batches, samples.tokens)

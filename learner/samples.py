@@ -57,3 +57,11 @@ def flat_column(table: pa.Table, column: str, samples: Samples) -> torch.Tensor:
     if not np.isfinite(flat).all():
         raise ValueError(f"{column} holds values that are not finite")
     return torch.from_numpy(flat)
+
+
+def row_column(table: pa.Table, column: str) -> torch.Tensor:
+    """A column of one number a row, fp32. Raises ValueError where one is not finite."""
+    values = table[column].to_numpy().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{column} holds values that are not finite")
+    return torch.from_numpy(values)

@@ -9,6 +9,8 @@ from services.evaluation.monitors import spearman
 def reward_metrics(scored: pa.Table) -> dict[str, float]:
     """Mean, spread and range of a batch's summed rewards, and their correlations with length."""
     total = np.array([float(np.sum(row)) for row in scored["token_rewards"].to_pylist()])
+    if "response_reward" in scored.column_names:
+        total += scored["response_reward"].to_numpy()
     length = np.array([len(ids) for ids in scored["response_ids"].to_pylist()], dtype=float)
     spread = float(total.std())
     related = float(np.corrcoef(total, length)[0, 1]) if spread > 0 and length.std() > 0 else 0.0

@@ -144,12 +144,13 @@ def test_length_control_follows_its_formulas() -> None:
     overlong = RewardConfig(length_control="overlong", length_target=10, length_slack=4)
     assert [length_penalty(n, overlong) for n in (1, 6, 7, 9, 10, 30)] == [0, 0, -0.25, -0.75, -1, -1]
     assert length_penalty(10**6, RewardConfig()) == 0.0
-    config = RewardConfig(form="logit", length_control="overlong", length_target=2, length_slack=1)
-    assert stamped(config, [[1.0], [1.0, 1.0]], [1, 3]) == [[1.0], [0.0, 0.0, 0.0]]
 
 
-def test_the_users_reward_is_added_once_per_response_and_kept_as_a_column() -> None:
-    config = RewardConfig(form="logit", clip=1.0, whiten="scale", user_reward="m:f", user_weight=-0.5)
+def test_the_users_reward_and_length_control_stay_apart_from_the_discriminators() -> None:
+    config = RewardConfig(
+        form="logit", clip=1.0, whiten="scale", user_reward="m:f", user_weight=-0.5,
+        length_control="overlong", length_target=2, length_slack=1,
+    )  # fmt: skip
     scores = [[4.0, 1.0], [-4.0]]  # clipped to 1 and -1, spread 1
     table = stamp(
         batch(2, 1),
@@ -160,8 +161,11 @@ def test_the_users_reward_is_added_once_per_response_and_kept_as_a_column() -> N
         config=config,
         user_rewards=[10.0, 2.0],
     )
-    assert table["token_rewards"].to_pylist() == [[0.0, 1.0 - 5.0], [-1.0 - 1.0]]
+    assert table["token_rewards"].to_pylist() == [[0.0, 1.0], [-1.0]]
     assert table["user_reward"].to_pylist() == [10.0, 2.0]
+    assert table["response_reward"].to_pylist() == [-5.0 - 1.0, -1.0]
+    plain = stamp(batch(1), 3, scores[:1], [[(0, 1)]], level="sequence", config=RewardConfig())
+    assert "response_reward" not in plain.column_names
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])

@@ -13,6 +13,7 @@ from learner.advantages import (
     group_standardised,
     importance_weights,
     leave_one_out,
+    undiscounted,
 )
 
 LENGTHS = [3, 0, 4, 1, 5, 2, 6]
@@ -54,6 +55,16 @@ def test_equal_rewards_that_go_on_pay_for_no_length():
     torch.testing.assert_close(even, torch.zeros(N))
     with pytest.raises(ValueError, match="gamma < 1"):
         going_on(equal, OFFSETS, 1.0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 0.9, 1.0])
+def test_what_a_response_earns_as_a_whole_reaches_every_token_undiscounted(gamma):
+    whole = torch.arange(1.0, 1 + len(LENGTHS))
+    rewards = undiscounted(whole, OFFSETS, gamma)
+    found = discounted_returns(rewards, OFFSETS, gamma)
+    torch.testing.assert_close(found, torch.repeat_interleave(whole, torch.tensor(LENGTHS)))
+    if gamma == 1.0:
+        assert [sum(x != 0 for x in row) for row in parts(rewards)] == [min(n, 1) for n in LENGTHS]
 
 
 def test_leave_one_out_by_a_slow_loop(returns):

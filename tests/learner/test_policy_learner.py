@@ -107,6 +107,24 @@ def test_kl_in_reward_equals_a_reward_by_hand(tiny_model, uneven_table):
     assert learner.train_step(uneven_table, 1)["loss"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("absorbing_end", [False, True])
+def test_what_a_response_earns_as_a_whole_is_earned_by_every_token(tiny_model, uneven_table, absorbing_end):
+    whole = np.linspace(-1.0, 2.0, len(uneven_table)).astype(np.float32)
+    nothing = [[0.0] * len(ids) for ids in uneven_table["response_ids"].to_pylist()]
+    table = replace_column(uneven_table, "token_rewards", nothing)
+    table = table.append_column("response_reward", pa.array(whole))
+    settings = {"gamma": 0.25, "absorbing_end": absorbing_end, "baseline": "none", "importance_cap": None}
+    learner = learner_for(tiny_model, **settings)
+    logprobs = learner.response_logprobs(table)
+    expected = np.concatenate([-r * row for r, row in zip(whole, logprobs, strict=True)]).mean()
+    assert learner.train_step(table, 0)["loss"] == pytest.approx(expected, rel=1e-4)
+    broken = table.set_column(
+        table.column_names.index("response_reward"), "response_reward", pa.array(whole * np.nan)
+    )
+    with pytest.raises(ValueError, match="response_reward holds values that are not finite"):
+        learner.train_step(broken, 1)
+
+
 def test_bad_tables_are_refused(tiny_model, uneven_table, make_table):
     learner = learner_for(tiny_model)
     short = replace_column(uneven_table, "token_rewards", [[0.0]] * len(uneven_table))
