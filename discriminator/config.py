@@ -139,6 +139,13 @@ class RewardConfig(Section):
                 )
         return self
 
+    @property
+    def free_tokens(self) -> int | None:
+        """Length up to which `overlong` takes nothing; None without it."""
+        if self.length_control != "overlong" or self.length_target is None:
+            return None
+        return self.length_target - (self.length_slack or max(1, self.length_target // 4))
+
 
 class ScoringConfig(Section):
     """The scoring service."""

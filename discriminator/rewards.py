@@ -122,8 +122,9 @@ def length_penalty(tokens: int, config: RewardConfig) -> float:
         return 0.0
     if config.length_control == "deviation":
         return -config.length_coefficient * abs(tokens - target) / target
-    slack = config.length_slack or max(1, target // 4)
-    return -config.length_coefficient * min(max((tokens - (target - slack)) / slack, 0.0), 1.0)
+    free = config.free_tokens
+    assert free is not None, "length control is overlong"
+    return -config.length_coefficient * min(max((tokens - free) / (target - free), 0.0), 1.0)
 
 
 def token_rewards(

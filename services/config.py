@@ -172,9 +172,15 @@ class Config(Section):
 
 
 def _length_problems(config: Config) -> list[str]:
-    """Why per-token rewards would pay for length."""
+    """Why per-token rewards would pay for length, and why length control would do nothing."""
     judge, absorbing = config.discriminator, config.learner.absorbing_end
     problems = []
+    free = judge.reward.free_tokens
+    if free is not None and free >= config.sampling.max_tokens:
+        problems.append(
+            f"discriminator.reward.length_control begins above {free} tokens, and sampling.max_tokens = "
+            f"{config.sampling.max_tokens} never gets there; lower discriminator.reward.length_target"
+        )
     if absorbing and (judge.level == "sequence" or config.gamma == 1):
         problems.append(
             "learner.absorbing_end continues per-token rewards under a discount: set discriminator.level "

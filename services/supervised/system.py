@@ -77,9 +77,4 @@ class SupervisedWatch(Watch):
 
     async def evaluated(self, step: int, evaluator: Any) -> dict[str, Any]:
         """Monitors and audit of the evaluation just made."""
-        numbers: dict[str, Any] = {"monitor": dict(evaluator.monitors)}
-        if self._auditor is not None:
-            selection = self._system.splits.selection
-            audited = await asyncio.to_thread(self._auditor.policy, selection, evaluator.responses)
-            numbers["audit"] = audited.metrics
-        return numbers
+        return {"monitor": dict(evaluator.monitors), **await self._audit(step, evaluator)}

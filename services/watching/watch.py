@@ -71,11 +71,18 @@ class Watch:
         else:
             version = self._system.disc_version
             monitors |= self._probes.add(version, await self._system.score(self._probes.table, version))
-        numbers: dict[str, Any] = {"monitor": monitors}
-        if self._auditor is not None:
-            audited = await asyncio.to_thread(self._auditor.policy, selection, evaluator.responses)
-            numbers["audit"] = audited.metrics
-        return numbers
+        return {"monitor": monitors, **await self._audit(step, evaluator)}
+
+    async def _audit(self, step: int, evaluator: Evaluator) -> dict[str, Any]:
+        """Audit the evaluation's responses; the cues and their examples are in `samples/`, beside them."""
+        if self._auditor is None:
+            return {}
+        selection = self._system.splits.selection
+        audited = await asyncio.to_thread(self._auditor.policy, selection, evaluator.responses)
+        file = self._config.folder / "samples" / f"step-{step:06d}-audit.md"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(audited.report.markdown() + "\n")
+        return {"audit": audited.metrics}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -148,6 +148,9 @@ def test_evaluations_are_in_the_metrics_of_their_steps(unbroken):
             row[f"evaluation/{key}"] == point[key] for key in ("c2st", "nll", "coverage", "distinct_2")
         )
         assert row["monitor/mode_share"] == point["monitor/mode_share"]
+        audit = (unbroken.folder / "samples" / f"step-{point['step']:06d}-audit.md").read_text()
+        (length,) = (line for line in audit.splitlines() if line.startswith("| length |"))
+        assert f"{row['audit/length']:.3f} [" in length
 
 
 def test_synchronous_run_has_no_lag_and_balanced_accounts(unbroken):

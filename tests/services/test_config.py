@@ -70,6 +70,14 @@ def test_unknown_field_in_a_file_names_the_file_and_every_one_of_them(tmp_path):
         (["--learner.absorbing_end=true"], ["learner.absorbing_end", "discriminator.level"]),
         (
             [
+                "--discriminator.reward.length_control=overlong",
+                "--discriminator.reward.length_target=80",
+                "--sampling.max_tokens=60",
+            ],
+            ["begins above 60 tokens", "length_target"],
+        ),
+        (
+            [
                 "--discriminator.loss=bradley_terry",
                 "--discriminator.reward.form=bradley_terry",
                 "--discriminator.level=token",
