@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 def prob(score: Array) -> Array:
-    """D = 1 / (1 + exp(-s)), in (0, 1)."""
+    """D = 1 / (1 + exp(-s)), in (0, 1) (SeqGAN; Yu et al. 2017, sec. 3.1)."""
     decay = np.exp(-np.abs(score))
     return np.where(score >= 0, 1.0, decay) / (1.0 + decay)
 
@@ -113,7 +113,8 @@ def whitened(values: Array, config: RewardConfig) -> Array:
 def length_penalty(tokens: int, config: RewardConfig) -> float:
     """What length control adds to a response of `tokens` sampled tokens; never positive.
 
-    deviation: -c |L - T| / T, with T = length_target.
+    deviation: -c |L - T| / T, with T = length_target (LCPO-exact with a = c / T; Aggarwal, Welleck 2025,
+    "L1", eq. 1).
     overlong: c times 0 up to T - S, ((T - S) - L) / S up to T, -1 beyond, with S = length_slack (soft
     overlong punishment; Yu et al. 2025, DAPO, eq. 13).
     """

@@ -94,7 +94,10 @@ FLAT_STD = 1e-6
 
 
 def whitened(values: torch.Tensor) -> torch.Tensor:
-    """Values [N] centred and divided by their standard deviation; only centred where that is nothing."""
+    """Values [N] centred and divided by their standard deviation; only centred where that is nothing. Of
+    returns over all tokens of a step, with the KL in the rewards, the advantage of REINFORCE++ (Hu et al.
+    2025, arXiv 2501.03262).
+    """
     if len(values) == 0:
         return values.clone()
     exact = values.double()
