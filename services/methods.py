@@ -7,7 +7,7 @@ contradicts a method is refused (`method_problems`).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
@@ -162,19 +162,27 @@ def _pair_problems(judge: DiscriminatorConfig) -> list[str]:
             "discriminator.perturbed_fraction adds answers that belong to no pair of data.preferences; set "
             "it to 0"
         )
-    if judge.length_matched:
-        problems.append(
-            "discriminator.length_matched weighs the two sides apart, and the answers of data.preferences "
-            "come in pairs; set it to false"
-        )
     return problems
 
 
 def not_read(config: "Config") -> list[str]:
-    """Dotted names of what was given and the method does not read; sections as a whole."""
-    if config.run.method != "sft":
-        return ["learner.sft"] if _given(config, "learner.sft") else []
-    return [name for name in UNREAD_BY_SFT if _given(config, name)]
+    """Dotted names of what was given and the method, or its settings, do not read; sections as a whole."""
+    unread = UNREAD_BY_SFT if config.run.method == "sft" else tuple(_unread(config))
+    return [name for name in unread if _given(config, name)]
+
+
+def _unread(config: "Config") -> Iterator[str]:
+    """What methods with a discriminator have no use for."""
+    learner = config.learner
+    yield "learner.sft"
+    if learner.loss == "reinforce":
+        yield from ("learner.clip_low", "learner.clip_high")
+    if learner.advantage != "gae":
+        yield from ("learner.gae_lambda", "learner.critic")
+    if learner.kl_target is None:
+        yield "learner.kl_gain"
+    if config.discriminator.frozen:
+        yield from ("discriminator.health", "discriminator.steps_per_policy_step")
 
 
 def _given(config: BaseModel, dotted: str) -> bool:

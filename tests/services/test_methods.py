@@ -88,7 +88,7 @@ def test_rlhf_is_called_so_with_preference_data_alone():
              "--discriminator.reward.form=logit"],
             r'discriminator\.loss = "bce" looks at single answers',
         ),
-        (["--run.method=rlhf", "--data.preferences=p", "--discriminator.length_matched=true"], "in pairs"),
+        (["--run.method=rlhf", "--data.preferences=p", "--discriminator.length_matched=true"], "of lengths"),
         (["--run.method=rlhf", "--data.preferences=p", "--discriminator.perturbed_fraction=0.5"], "no pair"),
     ],
 )  # fmt: skip
@@ -115,6 +115,25 @@ def test_one_file_serves_every_method_and_what_is_not_read_is_named(tmp_path):
     assert not_read(load(file, NEEDED)) == ["learner.sft"]
     assert not_read(load(None, [*NEEDED, "--run.method=sft"])) == []
     assert set(UNREAD_BY_SFT) <= field_paths().keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "unread"),
+    [
+        (["--learner.clip_low=0.1", "--learner.clip_high=0.3"], ["learner.clip_low", "learner.clip_high"]),
+        (["--learner.clip_low=0.1", "--learner.loss=ppo_clip"], []),
+        (["--learner.gae_lambda=0.9", "--learner.critic.lr=1e-4"], ["learner.gae_lambda", "learner.critic"]),
+        (["--learner.gae_lambda=0.9", "--learner.advantage=gae"], []),
+        (["--learner.kl_gain=0.2"], ["learner.kl_gain"]),
+        (["--discriminator.frozen=true", "--discriminator.health.extra_steps=2",
+          "--discriminator.steps_per_policy_step=3"],
+         ["discriminator.health", "discriminator.steps_per_policy_step"]),
+        (["--run.method=gad"], []),
+        (["--run.method=rlhf"], []),
+    ],
+)  # fmt: skip
+def test_settings_that_the_others_leave_without_effect_are_named(words, unread):
+    assert not_read(load(None, [*NEEDED, *words])) == unread
 
 
 OWN = """
