@@ -185,8 +185,9 @@ class PolicyLearner:
             metrics["critic_explained"] = explained_variance(values, returns)
         if reference is not None:
             metrics["kl_coef"] = self.kl_coef
-        if cfg.kl_target is not None and lr_factor > 0:
-            self.kl_coef = adapted_coefficient(self.kl_coef, metrics["kl"], cfg.kl_target, cfg.kl_gain)
+        if cfg.kl_target is not None and lr_factor > 0 and metrics["importance_mean"] > 0:
+            kl = metrics["kl"] / metrics["importance_mean"]  # masked tokens say nothing, and not that it is 0
+            self.kl_coef = adapted_coefficient(self.kl_coef, kl, cfg.kl_target, cfg.kl_gain)
         lengths = samples.offsets.diff().double()
         per_trajectory = torch.zeros(len(lengths)).index_add_(
             0, torch.repeat_interleave(torch.arange(len(lengths)), samples.offsets.diff()), rewards

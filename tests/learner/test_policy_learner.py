@@ -211,6 +211,30 @@ def test_the_weight_of_the_kl_follows_its_target(tiny_model, uneven_table):
     assert [fixed.train_step(uneven_table, step)["kl_coef"] for step in range(2)] == [0.1, 0.1]
 
 
+def test_masked_tokens_do_not_pass_for_tokens_without_kl(tiny_model, uneven_table):
+    """With half of the tokens masked the KL of the others alone is what the target is compared with."""
+    settings = {
+        "kl_coef": 0.1,
+        "kl_estimator": "k2",
+        "lr": 1e-2,
+        "importance": "masked",
+        "importance_cap": 2.0,
+    }
+    learner = learner_for(tiny_model, **settings, importance_floor=0.5, kl_target=1.0)
+    learner.train_step(uneven_table, 0)
+    own = learner.response_logprobs(uneven_table)
+    shifted = [(row + np.log(10) * (np.arange(len(row)) % 2)).tolist() for row in own]
+    table = replace_column(uneven_table, "response_logprobs", shifted)
+    metrics = learner.train_step(table, 1, lr_factor=0.0)
+    share = metrics["importance_mean"]
+    assert 0.3 < share < 0.7
+    target = metrics["kl"] / share / 1.1  # the kept tokens' KL is a tenth above it, the plain mean far below
+    learner.cfg = learner.cfg.model_copy(update={"kl_target": target})
+    before = learner.kl_coef
+    learner.train_step(table, 2)
+    assert learner.kl_coef == pytest.approx(before * 1.01)
+
+
 def test_a_step_left_out_leaves_no_trace(tiny_model, uneven_table):
     """Neither in the weights nor in the moments, the critic, the schedule and the KL's weight."""
     settings = {"lr": 1e-2, "kl_coef": 0.1, "kl_target": 0.01, "advantage": "gae", "lr_schedule": "linear"}
