@@ -107,6 +107,26 @@ def test_kl_in_reward_equals_a_reward_by_hand(tiny_model, uneven_table):
     assert learner.train_step(uneven_table, 1)["loss"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_reinforce_plus_plus_whitens_returns_with_the_kl_in_them(tiny_model, uneven_table):
+    """Hu et al. 2025: r_t = R at the last token - beta k1, G_t summed to the end, whitened over the step."""
+    last = [[0.0] * (len(row) - 1) + [row[-1]] for row in uneven_table["token_rewards"].to_pylist()]
+    table = replace_column(uneven_table, "token_rewards", last)
+    published = {"advantage": "reinforce_plus_plus", "kl_in": "reward", "kl_estimator": "k1", "gamma": 1.0}
+    learner = learner_for(tiny_model, **published, kl_coef=0.5, lr=1e-2, importance_cap=None)
+    start = learner.response_logprobs(table)
+    learner.train_step(table, 0)
+    now = learner.response_logprobs(table)
+    returns = np.concatenate(
+        [
+            np.cumsum((np.array(r) - 0.5 * (n - s))[::-1])[::-1]
+            for r, n, s in zip(last, now, start, strict=True)
+        ]
+    )
+    advantage = (returns - returns.mean()) / returns.std()
+    expected = (-advantage * np.concatenate(now)).mean()
+    assert learner.train_step(table, 1)["loss"] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("absorbing_end", [False, True])
 def test_what_a_response_earns_as_a_whole_is_earned_by_every_token(tiny_model, uneven_table, absorbing_end):
     whole = np.linspace(-1.0, 2.0, len(uneven_table)).astype(np.float32)
