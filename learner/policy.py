@@ -122,10 +122,15 @@ class PolicyLearner:
 
         cfg = self.cfg
         gamma = 1.0 if cfg.gamma is None else cfg.gamma
+        lengths = samples.offsets.diff()
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        earned = torch.zeros(len(lengths)).index_add_(0, row, rewards)
         if cfg.absorbing_end:
             rewards = going_on(rewards, samples.offsets, gamma)
         if "response_reward" in table.column_names:
-            rewards = rewards + undiscounted(row_column(table, "response_reward"), samples.offsets, gamma)
+            whole = row_column(table, "response_reward")
+            earned = earned + whole
+            rewards = rewards + undiscounted(whole, samples.offsets, gamma)
         old = reference = values = None
         if cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl_in == "reward"):
             old = self._logprobs(self.trainable.engine, batches, samples.tokens)
@@ -188,19 +193,15 @@ class PolicyLearner:
         if cfg.kl_target is not None and lr_factor > 0 and metrics["importance_mean"] > 0:
             kl = metrics["kl"] / metrics["importance_mean"]  # masked tokens say nothing, and not that it is 0
             self.kl_coef = adapted_coefficient(self.kl_coef, kl, cfg.kl_target, cfg.kl_gain)
-        lengths = samples.offsets.diff().double()
-        per_trajectory = torch.zeros(len(lengths)).index_add_(
-            0, torch.repeat_interleave(torch.arange(len(lengths)), samples.offsets.diff()), rewards
-        )
         padded = sum(b.input_ids.numel() for b in batches if b.weight.any())
         totals = self.trainable.reduce({"tokens_computed": torch.tensor(float(padded))}, "sum")
         return {
             **metrics,
             **totals,
-            "reward_mean": float(per_trajectory.mean()),
+            "reward_mean": float(earned.mean()),
             "return_mean": float(returns.mean()),
             "advantage_std": float(advantage.std(unbiased=False)),
-            "response_length": float(lengths.mean()),
+            "response_length": float(lengths.double().mean()),
             "tokens_response": float(samples.tokens),
             "trajectories": float(len(lengths)),
             "micro_batches": float(len(batches)),

@@ -13,9 +13,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from discriminator.config import ANCHORED_FORMS, RAW_FORMS, SHIFT_FREE_LOSSES, DiscriminatorConfig
+from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
+from services.contradictions import gumbel_problems, length_problems
 from services.evaluation.config import EvaluationConfig
 from services.methods import PRESETS, Method, method_problems, with_own, with_preset
 
@@ -137,8 +138,8 @@ class Config(Section):
                 "discriminator.scoring.http needs a bearer token: put one into the environment variable "
                 + scoring.http_token
             )
-        problems += _gumbel_problems(self)
-        problems += _length_problems(self)
+        problems += gumbel_problems(self)
+        problems += length_problems(self)
         problems += method_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
@@ -169,67 +170,6 @@ class Config(Section):
     def max_model_len(self) -> int:
         """Longest prompt plus response in tokens."""
         return self.rollout.max_model_len or self.data.max_prompt_tokens + self.sampling.max_tokens
-
-
-def _length_problems(config: Config) -> list[str]:
-    """Why per-token rewards would pay for length, and why length control would do nothing."""
-    judge, absorbing = config.discriminator, config.learner.absorbing_end
-    problems = []
-    free = judge.reward.free_tokens
-    if free is not None and free >= config.sampling.max_tokens:
-        problems.append(
-            f"discriminator.reward.length_control begins above {free} tokens, and sampling.max_tokens = "
-            f"{config.sampling.max_tokens} never gets there; lower discriminator.reward.length_target"
-        )
-    if absorbing and (judge.level == "sequence" or config.gamma == 1):
-        problems.append(
-            "learner.absorbing_end continues per-token rewards under a discount: set discriminator.level "
-            '= "token" and learner.gamma below 1, or drop it'
-        )
-    open_zero = judge.loss in SHIFT_FREE_LOSSES and judge.reward.form in RAW_FORMS
-    if judge.level == "token" and open_zero and not judge.score_centring and not absorbing:
-        problems.append(
-            f'discriminator.loss = "{judge.loss}" leaves the zero of the scores open, and per token a '
-            "constant in them pays for long responses, or for short ones: set discriminator.score_centring, "
-            "or learner.absorbing_end"
-        )
-    return problems
-
-
-def _gumbel_problems(config: Config) -> list[str]:
-    """Why Gumbel-Softmax cannot be had with the other sections."""
-    gumbel, judge = config.learner.gumbel, config.discriminator
-    if gumbel.weight == 0:
-        return []
-    problems = []
-    if judge.model and judge.model != config.policy.model:
-        problems.append(
-            f'learner.gumbel: straight-through tokens of policy.model = "{config.policy.model}" mean nothing '
-            f'in the vocabulary of discriminator.model = "{judge.model}"; leave discriminator.model empty'
-        )
-    if judge.body == "encoder":
-        problems.append(
-            'learner.gumbel: discriminator.body = "encoder" reads another vocabulary than the policy writes; '
-            'use "auto" or "causal"'
-        )
-    if judge.loss in SHIFT_FREE_LOSSES and gumbel.objective in ANCHORED_FORMS and not judge.score_centring:
-        problems.append(
-            f'learner.gumbel.objective = "{gumbel.objective}" bends at a score of zero, and '
-            f'discriminator.loss = "{judge.loss}" leaves the zero of the scores open; set the objective to '
-            '"logit", or discriminator.score_centring'
-        )
-    if gumbel.max_tokens is not None and gumbel.max_tokens > config.sampling.max_tokens:
-        problems.append(
-            f"learner.gumbel.max_tokens = {gumbel.max_tokens} exceeds sampling.max_tokens = "
-            f"{config.sampling.max_tokens}: the discriminator never sees responses of that length"
-        )
-    shaped = judge.reward.user_reward or judge.reward.length_control != "off"
-    if gumbel.policy_gradient_weight == 0 and shaped:
-        problems.append(
-            "learner.gumbel.policy_gradient_weight = 0 drops the rewards, with them "
-            "discriminator.reward.user_reward and length_control; give the policy gradient a weight"
-        )
-    return problems
 
 
 def with_absolute_paths(config: Config) -> Config:

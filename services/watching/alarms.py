@@ -203,7 +203,7 @@ def length_hacking(rows: Rows, bounds: AlarmBounds) -> str | None:
     """`reward/length_spearman` pulls the length one way and `monitor/length_ratio` has gone that way, past
     the humans, and past the base, which may have been there already."""
     pull = _recent(rows, "reward/length_spearman", bounds.window)
-    ratio = [float(row["monitor/length_ratio"]) for row in rows if "monitor/length_ratio" in row]
+    ratio = [float(row[key]) for row in rows if row.get(key := "monitor/length_ratio") is not None]
     if not pull or not ratio:
         return None
     mean = sum(pull) / len(pull)

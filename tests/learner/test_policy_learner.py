@@ -137,7 +137,9 @@ def test_what_a_response_earns_as_a_whole_is_earned_by_every_token(tiny_model, u
     learner = learner_for(tiny_model, **settings)
     logprobs = learner.response_logprobs(table)
     expected = np.concatenate([-r * row for r, row in zip(whole, logprobs, strict=True)]).mean()
-    assert learner.train_step(table, 0)["loss"] == pytest.approx(expected, rel=1e-4)
+    metrics = learner.train_step(table, 0)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["reward_mean"] == pytest.approx(whole.mean()), "once a response, as in reward/mean"
     broken = table.set_column(
         table.column_names.index("response_reward"), "response_reward", pa.array(whole * np.nan)
     )
