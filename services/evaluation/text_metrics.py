@@ -6,6 +6,7 @@ equal counts. Texts are expected canonical (one whitespace normalisation on both
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from rouge_score import rouge_scorer
@@ -65,11 +66,16 @@ def self_bleu(texts: Sequence[str], most: int = 100, seed: int = 0) -> float:
     if len(texts) < 2:
         raise ValueError("self-BLEU needs at least two texts")
     rows = np.sort(np.random.default_rng(seed).permutation(len(texts))[:most])
-    chosen = [texts[row] for row in rows]
+    return _self_bleu(tuple(texts[row] for row in rows))
+
+
+@lru_cache(maxsize=4)
+def _self_bleu(texts: tuple[str, ...]) -> float:
+    """Remembered: rows and monitors ask for the same samples, and at every evaluation for the humans'."""
     bleu = BLEU(effective_order=True)
     scores = [
-        bleu.sentence_score(text, chosen[:index] + chosen[index + 1 :]).score
-        for index, text in enumerate(chosen)
+        bleu.sentence_score(text, texts[:index] + texts[index + 1 :]).score
+        for index, text in enumerate(texts)
     ]
     return float(np.mean(scores))
 
