@@ -12,7 +12,11 @@ from benchmarks.known_modes.cells import Cell, Data, Grid
 
 PER_TOKEN: dict[str, Any] = {"discriminator.level": "token"}
 """Discounted by .25, the default at this level."""
+ABSORBING: dict[str, Any] = {"learner.absorbing_end": True}
+"""With `prob` per token, the recipe of `examples/debian-synopses.toml`."""
 BRADLEY_TERRY: dict[str, Any] = {"discriminator.loss": "bradley_terry"}
+PAUSES: dict[str, Any] = {"discriminator.health.pause_policy": True}
+"""The policy waits while its judge is at chance."""
 REFERENCE = Cell("base and fresh demonstrations", kind="reference")
 
 
@@ -30,7 +34,7 @@ def _zero(name: str) -> dict[str, Any]:
 DEFAULT = Grid(
     "default",
     "Do the default settings keep all modes, with 2,048 demonstrations?",
-    (REFERENCE, Cell("rlgaf")),
+    (REFERENCE, Cell("rlgaf"), Cell("rlgaf, health.pause_policy", PAUSES)),
 )
 
 OFTEN = {"evaluation.every": 15, "evaluation.prompts": 512}
@@ -44,6 +48,7 @@ REWARDS = Grid(
         REFERENCE,
         *(Cell(f"{name}, sequence", OFTEN | _form(name)) for name in FORMS),
         *(Cell(f"{name}, per token", OFTEN | _form(name) | PER_TOKEN | _zero(name)) for name in FORMS),
+        Cell("prob, per token, absorbing end", OFTEN | _form("prob") | PER_TOKEN | ABSORBING),
         Cell("logit, per token, gamma 1", OFTEN | _form("logit") | PER_TOKEN | {"learner.gamma": 1.0}),
         Cell(
             "equal learning rates, one discriminator step",
@@ -160,6 +165,7 @@ FEW = Grid(
                 ("B and discriminator lr 5e-4", GENTLE | {"discriminator.lr": 5e-4}),
                 ("B and one step a turn", GENTLE | ONE_STEP),
                 ("B and KL .05", GENTLE | {"learner.kl_coef": 0.05}),
+                ("B and adapters of rank 4", GENTLE | {"discriminator.lora.rank": 4}),
             )
         ),
     ),
@@ -196,6 +202,7 @@ NULL = Grid(
     (
         Cell("the base and fresh sentences of its own", NULL_MEASURES, data=FROM_BASE, kind="reference"),
         Cell("demonstrations from the base", NULL_MEASURES, data=FROM_BASE),
+        Cell("… and health.pause_policy", NULL_MEASURES | PAUSES, data=FROM_BASE),
     ),
 )
 

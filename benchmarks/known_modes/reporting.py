@@ -12,6 +12,7 @@ from benchmarks.known_modes.cells import Grid, Task
 from benchmarks.known_modes.tables import (
     MEASURES,
     agreement_line,
+    alarm_lead,
     alarm_step,
     copy_ratio,
     lost_step,
@@ -113,7 +114,8 @@ COLLAPSE: tuple[Column, ...] = (
     ("a mode gone from step", lost_step, 0),
     ("alarm: overconfidence", alarm_step("overconfidence"), 0),
     ("alarm: mode_collapse", alarm_step("mode_collapse"), 0),
-    ("… on the known modes", alarm_step("mode_collapse", "known_alarms"), 0),
+    ("first alarm ahead of it by", alarm_lead, 0),
+    ("mode_collapse on the known modes", alarm_step("mode_collapse", "known_alarms"), 0),
 )
 EXTRA: dict[str, tuple[Column, ...]] = {
     "rewards": COLLAPSE,

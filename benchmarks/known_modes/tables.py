@@ -37,6 +37,16 @@ def alarm_step(name: str, kind: str = "alarms") -> Value:
     return lambda result: next((a["step"] for a in result.get(kind, []) if a["name"] == name), None)
 
 
+def alarm_lead(result: Result) -> float | None:
+    """Steps from the first alarm of a collapse to the loss of a mode, below 0 where the alarm was late (None:
+    one of the two did not come)."""
+    lost = lost_step(result)
+    first = [step for name in COLLAPSE_ALARMS if (step := alarm_step(name)(result)) is not None]
+    return lost - min(first) if lost is not None and first else None
+
+
+COLLAPSE_ALARMS = ("overconfidence", "mode_collapse")
+
 MEASURES: tuple[Column, ...] = (
     ("C2ST", of_test("c2st"), 3),
     ("mode TV", of_test("mode_tv"), 3),

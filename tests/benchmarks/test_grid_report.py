@@ -11,7 +11,7 @@ from benchmarks.figures import by_number, chart, over_steps
 from benchmarks.known_modes import planning
 from benchmarks.known_modes.cells import Cell, Grid
 from benchmarks.known_modes.reporting import COMMAND, PART, write_report
-from benchmarks.known_modes.tables import MEASURES, alarm_step, copy_ratio, lost_step
+from benchmarks.known_modes.tables import MEASURES, alarm_lead, alarm_step, copy_ratio, lost_step
 from benchmarks.lines import results_table, spread
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +66,10 @@ def test_when_modes_are_lost_for_good_and_when_the_alarm_came() -> None:
     assert spread([lost_step(result(0.1, steps=[{"step": 1}]))], 0) == "not recorded"
     assert alarm_step("mode_collapse")(result(0.1)) == 9
     assert alarm_step("cycling")(result(0.1)) is None
+    early = result(0.1, alarms=[{"step": 9, "name": "mode_collapse"}, {"step": 1, "name": "overconfidence"}])
+    assert (alarm_lead(early), alarm_lead(result(0.1))) == (3, -5)
+    assert alarm_lead(result(0.1, alarms=[])) is None
+    assert alarm_lead(result(0.1, steps=[{"step": 1, "gone": 0}])) is None
 
 
 def test_figures_hold_the_range_of_the_seeds() -> None:

@@ -117,7 +117,7 @@ def test_parts_of_a_grid(tmp_path: Path) -> None:
         planning.narrowed(GRIDS["default"], "", "nothing")
     with pytest.raises(FileNotFoundError, match="--form merged --split"):
         planning.bases(planning.narrowed(GRIDS["artefacts"], "", "other tokens"), tmp_path)
-    assert planning.progress(GRIDS["default"], tmp_path, tmp_path) == (0, 4)
+    assert planning.progress(GRIDS["default"], tmp_path, tmp_path) == (0, 7)
 
 
 def test_results_are_written_whole_and_strict(tmp_path: Path) -> None:
