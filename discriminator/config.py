@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from discriminator.audit_config import AuditConfig
 from discriminator.health_config import Fraction, HealthConfig
+from discriminator.user_function import SPELLING, names_a_function
 from learner.config import LoraConfig, OptimizerConfig
 from rollout.config import Section
 
@@ -21,6 +22,9 @@ SHIFT_FREE_LOSSES = ("bradley_terry", "wasserstein")
 
 ANCHORED_FORMS = ("neg_log_one_minus_d", "prob", "log_d")
 """Reward forms, and objectives of Gumbel-Softmax, that bend at a score of zero."""
+
+BOUNDED_LOSSES = ("hinge", "least_squares")
+"""Losses that pull the scores to -1 and 1, or not beyond, so that sigmoid(score) is no probability."""
 
 RAW_FORMS = ("logit", "bradley_terry")
 """Reward forms that are the score itself, and have a zero only where the loss gives it one."""
@@ -99,9 +103,9 @@ class RewardConfig(Section):
     target)."""
 
     user_reward: str = ""
-    """A reward of your own, added to the discriminator's: `package.module:function`, called with the lists
-    prompts, responses and complete, or an http(s) URL that is sent the same as JSON. Both answer with one
-    number per response."""
+    """A reward of your own, added to the discriminator's: "path/to/file.py:function" or
+    "package.module:function", called with the lists prompts, responses and complete, or an http(s) URL that
+    is sent the same as JSON. All answer with one number per response."""
 
     user_weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Weight of the user's reward; the discriminator's weighs 1. It counts in full for every token of the
@@ -117,6 +121,11 @@ class RewardConfig(Section):
     def _consistent(self) -> "RewardConfig":
         if self.length_control != "off" and self.length_target is None:
             raise ValueError(f'reward: length_control = "{self.length_control}" needs length_target')
+        if self.length_control != "off" and self.length_coefficient == 0:
+            raise ValueError(
+                f'reward: length_coefficient = 0 leaves length_control = "{self.length_control}" without '
+                "effect; set one of them"
+            )
         if self.length_control == "off" and (self.length_target or self.length_slack):
             raise ValueError(
                 "reward: length_target and length_slack do nothing without length_control; set it to "
@@ -129,14 +138,10 @@ class RewardConfig(Section):
                 f"reward: length_slack = {self.length_slack} exceeds length_target = {self.length_target}"
             )
         url = self.user_reward.startswith(("http://", "https://"))
-        if self.user_reward and not url:
-            module, colon, function = self.user_reward.partition(":")
-            names = [*module.split("."), *function.split(".")]
-            if not colon or not all(name.isidentifier() for name in names):
-                raise ValueError(
-                    f'reward: user_reward = "{self.user_reward}" is neither "package.module:function" nor an '
-                    "http(s) URL"
-                )
+        if self.user_reward and not url and not names_a_function(self.user_reward):
+            raise ValueError(
+                f'reward: user_reward = "{self.user_reward}" is neither {SPELLING} nor an http(s) URL'
+            )
         return self
 
     @property
@@ -367,6 +372,12 @@ class DiscriminatorConfig(OptimizerConfig):
             raise ValueError(
                 'loss = "bradley_terry" weighs the answers to a prompt against each other, so that '
                 "length_matched cannot give both sides one distribution of lengths; use another loss"
+            )
+        if self.loss in BOUNDED_LOSSES and form in ANCHORED_FORMS:
+            raise ValueError(
+                f'loss = "{self.loss}" drives the scores to -1 and 1, where sigmoid(score) is no '
+                f'probability: with reward.form = "{form}" a rejected answer would still earn a good part of '
+                'what a perfect one does; set reward.form to "logit" or "relativistic"'
             )
         if self.loss in SHIFT_FREE_LOSSES and form in ANCHORED_FORMS and not self.score_centring:
             raise ValueError(

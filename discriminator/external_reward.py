@@ -13,7 +13,6 @@ A demonstration never comes here.
 import json
 import math
 import os
-import pkgutil
 import queue
 import threading
 import urllib.error
@@ -22,7 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from discriminator.config import RewardConfig
+from discriminator.user_function import UserFunctionError, load_user_function
 
+TAKES = "three lists (prompts, responses, complete) that returns one number per response"
 UserReward = Callable[[list[str], list[str], list[bool]], Sequence[float]]
 
 
@@ -35,7 +36,7 @@ def load_user_reward(config: RewardConfig) -> UserReward | None:
     """The configured function or a caller of the configured URL; None when there is none.
 
     Raises:
-        UserRewardError: the module cannot be imported, or has no such function.
+        UserRewardError: it cannot be loaded (`discriminator.user_function`).
     """
     spec = config.user_reward
     if not spec:
@@ -48,14 +49,10 @@ def load_user_reward(config: RewardConfig) -> UserReward | None:
             token,
             config.user_timeout_s,
         )
-    module, _, path = spec.partition(":")
     try:
-        found: Any = pkgutil.resolve_name(f"{module}:{path}")
-    except (ImportError, AttributeError) as error:
-        raise UserRewardError(f"user_reward {spec} cannot be loaded: {error}") from error
-    if not callable(found):
-        raise UserRewardError(f"user_reward {spec} is no function but {type(found).__name__}")
-    return found
+        return load_user_function("user_reward", spec, 3, TAKES)
+    except UserFunctionError as error:
+        raise UserRewardError(str(error)) from error
 
 
 def call_user_reward(

@@ -10,8 +10,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class HealthConfig(Section):
-    """Bands of the health gate. Both numbers are measured on held-out demonstrations against fresh
-    rollouts."""
+    """Bands of the health gate, measured on held-out demonstrations against fresh rollouts. Margin and
+    saturation are in logits: the losses hinge and least_squares, which keep scores near -1 and 1, do not get
+    there, and accuracy alone acts."""
 
     enabled: bool = True
     """Off: every policy step gets `steps_per_policy_step` discriminator steps, as in `gad`: a loss of

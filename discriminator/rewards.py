@@ -175,9 +175,9 @@ def stamp(
     references: Sequence[float] | None = None,
     user_rewards: Sequence[float] | None = None,
 ) -> pa.Table:
-    """Trajectories with the columns disc_version, score (sequence score) and token_rewards: the
-    discriminator's. What length control and the user's function add to a whole response is response_reward,
-    where there is such a thing, and user_reward the function's own.
+    """Trajectories with the columns disc_version, score (sequence score), token_rewards, and last_reward,
+    that of the last judged prefix: the discriminator's. What length control and the user's function add to a
+    whole response is response_reward, where there is such a thing, and user_reward the function's own.
 
     Args:
         table: trajectories of a whole step (whitening takes its moments over them); `token_ends` is read.
@@ -218,6 +218,7 @@ def stamp(
         "disc_version": pa.array([version] * table.num_rows, pa.int32()),
         "score": pa.array([float(score[-1]) for score in scores], pa.float32()),
         "token_rewards": pa.array(rewards, pa.list_(pa.float32())),
+        "last_reward": pa.array([float(values[-1]) for values in parts], pa.float32()),
     }
     if user_rewards is not None:
         columns["user_reward"] = pa.array(user_rewards, pa.float32())

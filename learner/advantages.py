@@ -33,8 +33,10 @@ def discounted_returns(rewards: torch.Tensor, offsets: torch.Tensor, gamma: floa
     return table[real]
 
 
-def going_on(rewards: torch.Tensor, offsets: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Rewards [N] of responses whose last token is earned again for ever: r_T / (1 - gamma) in r_T's place.
+def going_on(rewards: torch.Tensor, offsets: torch.Tensor, gamma: float, last: torch.Tensor) -> torch.Tensor:
+    """Rewards [N] of responses whose last judged reward is earned again for ever: last[i] gamma / (1 - gamma)
+    beside what trajectory i's last token has. `last` [trajectories] is mostly that token's own reward; not
+    where it completes several judged prefixes, or none.
 
     The absorbing state of Kostrikov et al. 2019 ("Discriminator-Actor-Critic", sec. 4.1). A return that ends
     with the response is larger the more tokens follow where rewards are positive, and smaller where they are
@@ -44,7 +46,8 @@ def going_on(rewards: torch.Tensor, offsets: torch.Tensor, gamma: float) -> torc
     if gamma >= 1:
         raise ValueError("a reward that goes on for ever needs gamma < 1")
     result = rewards.clone()
-    result[offsets[1:][offsets.diff() > 0] - 1] /= 1 - gamma
+    some = offsets.diff() > 0
+    result[offsets[1:][some] - 1] += last[some] * (gamma / (1 - gamma))
     return result
 
 
@@ -58,6 +61,23 @@ def undiscounted(whole: torch.Tensor, offsets: torch.Tensor, gamma: float) -> to
     result = torch.repeat_interleave(whole * (1 - gamma), lengths)
     result[offsets[1:][lengths > 0] - 1] = whole[lengths > 0]
     return result
+
+
+def paid(
+    rewards: torch.Tensor,
+    offsets: torch.Tensor,
+    gamma: float,
+    *,
+    last: torch.Tensor | None = None,
+    whole: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Token rewards [N] as the policy is paid them: the discriminator's, `going_on` where there is a `last`,
+    and beside them what a response earns as a `whole`, `undiscounted`."""
+    if last is not None:
+        rewards = going_on(rewards, offsets, gamma, last)
+    if whole is not None:
+        rewards = rewards + undiscounted(whole, offsets, gamma)
+    return rewards
 
 
 def advantages(

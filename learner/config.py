@@ -347,6 +347,11 @@ class LearnerConfig(OptimizerConfig):
             raise ValueError(
                 'importance_floor is the lower bound of importance = "masked"; truncated weights have none'
             )
+        if self.importance == "truncated" and self.importance_cap is not None and self.importance_cap < 1:
+            raise ValueError(
+                f"importance_cap = {self.importance_cap} cuts the weight 1 of a sampler that agrees with the "
+                "learner; set it to 1 or more"
+            )
         if self.importance == "masked" and not self.importance_floor <= 1 <= (self.importance_cap or 1):
             raise ValueError(
                 f"importance_floor = {self.importance_floor} to importance_cap = {self.importance_cap} "

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from learner import lora
-from learner.advantages import estimate_advantages, going_on, importance_weights, undiscounted
+from learner.advantages import estimate_advantages, importance_weights, paid
 from learner.batching import evaluate, minibatches, rank_batches, token_shares
 from learner.config import LearnerConfig
 from learner.critic import Critic
@@ -107,7 +107,8 @@ class PolicyLearner:
         """Update the policy from a step's scored trajectories (whole groups; the same table on every rank).
 
         Reads `prompt_ids`, `response_ids`, `response_logprobs`, `token_rewards` and `group_id`, with a judge
-        also `prompt_text` and `disc_version`, and `response_reward` where there is one. `lr_factor` scales
+        also `prompt_text` and `disc_version`, with `absorbing_end` also `last_reward`, and `response_reward`
+        where there is one. `lr_factor` scales
         this step's learning rate; at 0 policy and critic stay as they are. Returns metrics that are equal on
         all ranks but for the seconds. Raises ValueError for a table without a response token.
         """
@@ -125,12 +126,11 @@ class PolicyLearner:
         lengths = samples.offsets.diff()
         row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         earned = torch.zeros(len(lengths)).index_add_(0, row, rewards)
-        if cfg.absorbing_end:
-            rewards = going_on(rewards, samples.offsets, gamma)
-        if "response_reward" in table.column_names:
-            whole = row_column(table, "response_reward")
+        last = row_column(table, "last_reward") if cfg.absorbing_end else None
+        whole = row_column(table, "response_reward") if "response_reward" in table.column_names else None
+        rewards = paid(rewards, samples.offsets, gamma, last=last, whole=whole)
+        if whole is not None:
             earned = earned + whole
-            rewards = rewards + undiscounted(whole, samples.offsets, gamma)
         old = reference = values = None
         if cfg.epochs * cfg.minibatches > 1 or (cfg.kl_coef > 0 and cfg.kl_in == "reward"):
             old = self._logprobs(self.trainable.engine, batches, samples.tokens)

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
-from services.contradictions import gumbel_problems, length_problems
+from services.contradictions import gumbel_problems, length_problems, update_problems
 from services.evaluation.config import EvaluationConfig
 from services.methods import PRESETS, Method, method_problems, with_own, with_preset
 
@@ -114,7 +114,7 @@ class Config(Section):
             )
         if self.run.exact and (self.run.max_policy_lag or self.run.max_disc_lag):
             problems.append("run.exact needs run.max_policy_lag = 0 and run.max_disc_lag = 0")
-        if self.learner.needs_groups and self.sampling.group_size == 1:
+        if self.run.method != "sft" and self.learner.needs_groups and self.sampling.group_size == 1:
             problems.append(
                 f'learner.advantage = "{self.learner.advantage}" with learner.baseline = '
                 f'"{self.learner.baseline}" compares the answers to one prompt: it needs '
@@ -138,8 +138,10 @@ class Config(Section):
                 "discriminator.scoring.http needs a bearer token: put one into the environment variable "
                 + scoring.http_token
             )
-        problems += gumbel_problems(self)
-        problems += length_problems(self)
+        if self.run.method != "sft":  # which reads none of what these compare
+            problems += gumbel_problems(self)
+            problems += length_problems(self)
+            problems += update_problems(self)
         problems += method_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
@@ -160,11 +162,17 @@ class Config(Section):
         return 1.0 if self.discriminator.level == "sequence" else 0.25
 
     @property
+    def evaluation_sampling(self) -> dict[str, float]:
+        """How evaluations draw their responses."""
+        temperature = self.evaluation.temperature or self.sampling.temperature
+        return {"temperature": temperature, "top_p": self.evaluation.top_p}
+
+    @property
     def discriminator_updates(self) -> int:
-        """Most updates of the discriminator, warm-up included."""
+        """Most updates of the discriminator, warm-up and the health gate's extra steps included."""
         judge = self.discriminator
-        trained_along = 0 if judge.frozen else self.run.steps * judge.steps_per_policy_step
-        return judge.warmup_max_steps + trained_along
+        a_turn = judge.steps_per_policy_step + (judge.health.extra_steps if judge.health.enabled else 0)
+        return judge.warmup_max_steps + (0 if judge.frozen else self.run.steps * a_turn)
 
     @property
     def max_model_len(self) -> int:

@@ -4,7 +4,7 @@ of a method are in `methods.py`.
 
 from typing import TYPE_CHECKING
 
-from discriminator.config import ANCHORED_FORMS, RAW_FORMS, SHIFT_FREE_LOSSES
+from discriminator.config import ANCHORED_FORMS, BOUNDED_LOSSES, RAW_FORMS, SHIFT_FREE_LOSSES
 
 if TYPE_CHECKING:
     from services.config import Config
@@ -14,6 +14,13 @@ def length_problems(config: "Config") -> list[str]:
     """Why per-token rewards would pay for length, and why length control would do nothing."""
     judge, absorbing = config.discriminator, config.learner.absorbing_end
     problems = []
+    target = judge.reward.length_target
+    if judge.reward.length_control == "deviation" and target and target > config.sampling.max_tokens:
+        problems.append(
+            f"discriminator.reward.length_target = {target} exceeds sampling.max_tokens = "
+            f"{config.sampling.max_tokens}: no response gets there, and the control pays for running into "
+            "the limit; lower it"
+        )
     free = judge.reward.free_tokens
     if free is not None and free >= config.sampling.max_tokens:
         problems.append(
@@ -25,6 +32,18 @@ def length_problems(config: "Config") -> list[str]:
             "learner.absorbing_end continues per-token rewards under a discount: set discriminator.level "
             '= "token" and learner.gamma below 1, or drop it'
         )
+    read = judge.canonical.max_response_tokens
+    if absorbing and not judge.model and read is not None and read < config.sampling.max_tokens:
+        problems.append(
+            f"learner.absorbing_end: discriminator.canonical.max_response_tokens = {read} leaves tokens of "
+            f"responses of up to sampling.max_tokens = {config.sampling.max_tokens} without a reward, so "
+            "that the end is worth more than what comes before it; leave it out"
+        )
+    if judge.level == "sequence" and config.gamma == 0:
+        problems.append(
+            'learner.gamma = 0 with discriminator.level = "sequence" lets nothing but the last token learn; '
+            "leave it out"
+        )
     open_zero = judge.loss in SHIFT_FREE_LOSSES and judge.reward.form in RAW_FORMS
     if judge.level == "token" and open_zero and not judge.score_centring and not absorbing:
         problems.append(
@@ -32,6 +51,28 @@ def length_problems(config: "Config") -> list[str]:
             "constant in them pays for long responses, or for short ones: set discriminator.score_centring, "
             "or learner.absorbing_end"
         )
+    return problems
+
+
+def update_problems(config: "Config") -> list[str]:
+    """Why a step's or the run's updates do not come out even."""
+    learner, judge, run = config.learner, config.discriminator, config.run
+    problems = []
+    if learner.minibatches > run.prompts_per_step:
+        problems.append(
+            f"learner.minibatches = {learner.minibatches} cannot be filled with the groups of "
+            f"run.prompts_per_step = {run.prompts_per_step}; lower the first"
+        )
+    updates = {
+        "learner": (learner, run.steps * learner.epochs * learner.minibatches),
+        "discriminator": (judge, config.discriminator_updates),
+    }
+    for name, (section, most) in updates.items():
+        if section.schedule_steps is None and 0 < most <= section.warmup_steps:
+            problems.append(
+                f"{name}.warmup_steps = {section.warmup_steps} is not over when the run is, after {most} "
+                "updates; shorten it"
+            )
     return problems
 
 
@@ -50,6 +91,11 @@ def gumbel_problems(config: "Config") -> list[str]:
         problems.append(
             'learner.gumbel: discriminator.body = "encoder" reads another vocabulary than the policy writes; '
             'use "auto" or "causal"'
+        )
+    if judge.loss in BOUNDED_LOSSES and gumbel.objective in ANCHORED_FORMS:
+        problems.append(
+            f'learner.gumbel.objective = "{gumbel.objective}" reads sigmoid(score) as a probability, which '
+            f'discriminator.loss = "{judge.loss}" does not make of it; set the objective to "logit"'
         )
     if judge.loss in SHIFT_FREE_LOSSES and gumbel.objective in ANCHORED_FORMS and not judge.score_centring:
         problems.append(

@@ -201,7 +201,9 @@ class Controller:
         self.observe(
             self.step + 1,
             {
-                "reward": reward_metrics(scored),
+                "reward": reward_metrics(
+                    scored, self.config.gamma, absorbing_end=self.config.learner.absorbing_end
+                ),
                 "response": response_metrics(batch),
                 "policy": learned,
                 "discriminator": judged,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from discriminator.config import DiscriminatorConfig
+from discriminator.health_config import HealthConfig
+from learner.config import GumbelConfig
 
 if TYPE_CHECKING:
     from services.config import Config
@@ -66,9 +68,10 @@ PRESETS: dict[Method, dict[str, Any]] = {
     },
 }
 
+READ_BY_SFT = ("canonical", "audit")
+"""Sections of the discriminator that evaluations read too."""
 UNREAD_BY_SFT = (
-    *(f"discriminator.{name}" for name in DiscriminatorConfig.model_fields if name != "canonical"),
-    "discriminator.canonical.max_prompt_tokens", "discriminator.canonical.max_response_tokens",
+    *(f"discriminator.{name}" for name in DiscriminatorConfig.model_fields if name not in READ_BY_SFT),
     "sampling.group_size", "data.prompts", "run.prompts_per_step",
     *(
         f"learner.{name}"
@@ -80,7 +83,7 @@ UNREAD_BY_SFT = (
         )
     ),
 )  # fmt: skip
-"""Fields and sections that `sft` has no use for; of the discriminator it has the spelling."""
+"""Fields and sections that `sft` has no use for."""
 
 
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
@@ -173,16 +176,46 @@ def not_read(config: "Config") -> list[str]:
 
 def _unread(config: "Config") -> Iterator[str]:
     """What methods with a discriminator have no use for."""
-    learner = config.learner
+    learner, judge = config.learner, config.discriminator
     yield "learner.sft"
-    if learner.loss == "reinforce":
+    if learner.loss == "reinforce" or learner.epochs * learner.minibatches == 1:  # the ratio is always 1
         yield from ("learner.clip_low", "learner.clip_high")
     if learner.advantage != "gae":
         yield from ("learner.gae_lambda", "learner.critic")
+    if learner.advantage != "return":
+        yield "learner.baseline"
     if learner.kl_target is None:
         yield "learner.kl_gain"
-    if config.discriminator.frozen:
-        yield from ("discriminator.health", "discriminator.steps_per_policy_step")
+    if learner.kl_coef == 0:
+        yield from ("learner.kl_in", "learner.kl_estimator")
+    if learner.gumbel.weight == 0:
+        yield from (f"learner.gumbel.{name}" for name in GumbelConfig.model_fields if name != "weight")
+    elif learner.gumbel.schedule == "constant":
+        yield from ("learner.gumbel.tau_end", "learner.gumbel.tau_steps")
+    if learner.lora.rank == 0:
+        yield from ("learner.lora.alpha", "learner.lora.target_modules")
+    if judge.lora.rank == 0:
+        yield from ("discriminator.lora.alpha", "discriminator.lora.target_modules")
+    if judge.frozen:
+        yield from (
+            "discriminator.health", "discriminator.steps_per_policy_step", "discriminator.buffer"
+        )  # fmt: skip
+    elif not judge.health.enabled:
+        yield from (f"discriminator.health.{name}" for name in HealthConfig.model_fields if name != "enabled")
+    elif not judge.health.pause_policy:
+        yield from (f"discriminator.health.{name}" for name in HealthConfig.model_fields if "policy_" in name)
+    if not judge.buffer.replay_fraction:
+        yield "discriminator.buffer.recency"
+    if judge.warmup_max_steps == 0:
+        yield from (f"discriminator.warmup_{name}" for name in ("accuracy", "eval_every", "patience"))
+    if not judge.length_matched:
+        yield "discriminator.length_bins"
+    if not judge.pair_demonstrations:
+        yield "discriminator.min_demonstrations"
+    if judge.reward.length_control == "off":
+        yield "discriminator.reward.length_coefficient"
+    if not judge.reward.user_reward:
+        yield from (f"discriminator.reward.user_{name}" for name in ("weight", "timeout_s", "token"))
 
 
 def _given(config: BaseModel, dotted: str) -> bool:

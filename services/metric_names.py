@@ -152,7 +152,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rlgaf_disc_lag_bound", "gauge", "Largest allowed discriminator lag", setting="run.max_disc_lag"),
     # Policy
     Metric("rlgaf_reward_mean", "gauge", "Mean reward of a response", key="reward/mean"),
-    Metric("rlgaf_reward_std", "gauge", "Standard deviation of the rewards in the step", key="reward/std"),
+    Metric("rlgaf_reward_std", "gauge", "Standard deviation of what responses are paid", key="reward/std"),
     Metric(
         "rlgaf_reward_length_correlation",
         "gauge",

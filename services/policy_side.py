@@ -155,7 +155,7 @@ class PolicySide:
             step,
             settings.seed,
         )
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        sampling = self.config.evaluation_sampling
         return await self._asked(lambda: self.fleet.sample(requests, sampling, self.policy_version))
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:

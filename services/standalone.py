@@ -44,7 +44,7 @@ def evaluate_model(config: Config, json_out: Path | None, test_split: bool) -> N
     check_embedding_model(config)
     human, train = _demonstrations(config, renderer, test_split)
     requests = evaluation_requests(human, renderer.encode, settings.samples_per_prompt, 0, settings.seed)
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+    sampling = config.evaluation_sampling
     responses = asyncio.run(_sample(config, requests, sampling))
     texts = side_by_side(human, responses, renderer)
     identifiers, prompts, person, model = (texts[name].to_pylist() for name in TEXTS.names)
@@ -108,7 +108,7 @@ def generate_answers(config: Config, prompts: list[str], file: Path | None) -> N
         read, _ = read_prompts(file, config.data, renderer)
         table = pa.concat_tables([table, read.select(["prompt_id", "prompt_text"])]) if texts else read
     requests = evaluation_requests(table, renderer.encode, 1, 0, config.evaluation.seed)
-    sampling = {"temperature": config.evaluation.temperature, "top_p": config.evaluation.top_p}
+    sampling = config.evaluation_sampling
     answers = {row["prompt_id"]: row for row in asyncio.run(_sample(config, requests, sampling)).to_pylist()}
     for identifier, text in zip(
         table["prompt_id"].to_pylist(), table["prompt_text"].to_pylist(), strict=True

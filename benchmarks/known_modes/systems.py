@@ -96,6 +96,7 @@ class OneProcessPolicy(PolicySide):
 
     async def sample(self, split: pa.Table, prompts: int, step: int) -> pa.Table:
         settings = self.config.evaluation
+        temperature = self.config.evaluation_sampling["temperature"]
         requests = evaluation_requests(
             first_prompts(split, prompts),
             self.renderer.encode,
@@ -103,7 +104,7 @@ class OneProcessPolicy(PolicySide):
             step,
             settings.seed,
         )
-        return self.sampler(requests, version=self.policy_version, temperature=settings.temperature)
+        return self.sampler(requests, version=self.policy_version, temperature=temperature)
 
     async def human_nll(self, split: pa.Table, prompts: int) -> float:
         limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical

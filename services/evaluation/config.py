@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from discriminator.user_function import SPELLING, names_a_function
 from rollout.config import Section
 
 
@@ -22,8 +23,9 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 1
     """Responses per prompt. Classifier and diversity read the first one, the others average over all."""
 
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of evaluation responses; 1 measures the distribution that is trained."""
+    temperature: PositiveFloat | None = None
+    """Sampling temperature of evaluation responses (none: sampling.temperature, which measures the
+    distribution that is trained)."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of evaluation responses; below 1 the table measures another distribution than is trained."""
@@ -64,8 +66,6 @@ class EvaluationConfig(Section):
     @field_validator("extra_measures")
     @classmethod
     def _names_a_function(cls, reference: str) -> str:
-        source, colon, function = reference.rpartition(":")
-        dotted = source.endswith(".py") or all(part.isidentifier() for part in source.split("."))
-        if reference and not (colon and dotted and function.isidentifier()):
-            raise ValueError('write "path/to/file.py:function" or "package.module:function"')
+        if reference and not names_a_function(reference):
+            raise ValueError(f"write {SPELLING}")
         return reference

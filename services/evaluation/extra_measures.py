@@ -10,17 +10,13 @@ summary.json:
 It runs in the driver's process and must not depend on the order of evaluations. A resumed run calls it anew.
 """
 
-import inspect
 import math
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from discriminator.user_function import UserFunctionError, load_user_function
 from services.config import ConfigError
 
 FIELD = "evaluation.extra_measures"
@@ -51,40 +47,16 @@ Measures = Callable[[Answers], Mapping[str, float]]
 def load_extra_measures(reference: str) -> Measures | None:
     """The function named by `path/to/file.py:function` or `package.module:function`; None for an empty name.
 
-    A file is imported as Python imports it when it is run from the folder above its outermost package (a
-    folder with `__init__.py`), or from its own folder without one: that folder comes first on `sys.path`.
-
     Raises:
-        ConfigError: no such file, module or function, an import that fails, or no function of one argument.
+        ConfigError: it cannot be loaded (`discriminator.user_function`).
     """
     if not reference:
         return None
-    source, _, function = reference.rpartition(":")
-    module, file = (source, None) if not source.endswith(".py") else _importable(reference, Path(source))
+    takes = "one argument (services.evaluation.extra_measures.Answers) that returns a dictionary of numbers"
     try:
-        imported = pkgutil.resolve_name(f"{module}:")
-    except Exception as error:  # the user's file may fail in any way; the reason belongs to the message
-        raise ConfigError(
-            f"{FIELD} = {reference!r}: importing {source} failed with {type(error).__name__}: {error}"
-        ) from error
-    loaded = getattr(imported, "__file__", None)
-    if file is not None and (loaded is None or Path(loaded).resolve() != file):
-        raise ConfigError(
-            f"{FIELD} = {reference!r}: another module named {module} is loaded already ({loaded}); "
-            "rename the file"
-        )
-    if not hasattr(imported, function):
-        known = ", ".join(_functions(imported))
-        raise ConfigError(
-            f"{FIELD} = {reference!r}: {source} has no {function!r}" + (f"; it has {known}" if known else "")
-        )
-    found = getattr(imported, function)
-    if not callable(found) or not _takes_one(found):
-        raise ConfigError(
-            f"{FIELD} = {reference!r}: must be a function of one argument "
-            "(services.evaluation.extra_measures.Answers) that returns a dictionary of numbers"
-        )
-    return found
+        return load_user_function(FIELD, reference, 1, takes)
+    except UserFunctionError as error:
+        raise ConfigError(str(error)) from error
 
 
 def with_extra_measures(row: Mapping[str, Any], measures: Measures, answers: Answers) -> dict[str, Any]:
@@ -104,36 +76,3 @@ def with_extra_measures(row: Mapping[str, Any], measures: Measures, answers: Ans
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"{FIELD}: {name!r} is {value!r}, not a finite number")
     return {**row, **{name: float(value) for name, value in extra.items()}}
-
-
-def _importable(reference: str, path: Path) -> tuple[str, Path]:
-    """Dotted name and resolved path of a Python file, with the folder it is imported from on `sys.path`."""
-    file = path.expanduser().resolve()
-    if not file.is_file():
-        raise ConfigError(f"{FIELD} = {reference!r}: no such file (looked for {file})")
-    names, folder = [file.stem], file.parent
-    while (folder / "__init__.py").is_file():
-        names.insert(0, folder.name)
-        folder = folder.parent
-    if not all(name.isidentifier() for name in names):
-        raise ConfigError(f"{FIELD} = {reference!r}: {'.'.join(names)} cannot be imported; rename it")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return ".".join(names), file
-
-
-def _functions(module: ModuleType) -> list[str]:
-    """Public functions that a module defines itself."""
-    return [
-        name
-        for name, value in inspect.getmembers(module, inspect.isfunction)
-        if value.__module__ == module.__name__ and not name.startswith("_")
-    ]
-
-
-def _takes_one(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -69,8 +69,10 @@ class SupervisedWatch(Watch):
     no discriminator could take one, and there are no versions that could go in circles."""
 
     def __init__(self, config: Config, system: SupervisedSystem) -> None:
-        # Nothing of a discriminator's is read but by the methods overridden here.
-        super().__init__(config, system)  # type: ignore[arg-type]
+        # Nothing of a discriminator's is read but by the methods overridden here, and the audit reads as the
+        # policy does.
+        judge = config.discriminator.model_copy(update={"model": "", "body": "auto"})
+        super().__init__(config.model_copy(update={"discriminator": judge}), system)  # type: ignore[arg-type]
 
     async def begin(self, say: Callable[[str], None]) -> None:
         """No audit before training."""

@@ -23,8 +23,8 @@ OBJECTIVES = {
         },
         (1, 2),
     ),
-    "hinge": ({"loss": "hinge"}, (3,)),
-    "least_squares": ({"loss": "least_squares", "level": "token"}, (2,)),
+    "hinge": ({"loss": "hinge", "reward": {"form": "logit"}}, (3,)),
+    "least_squares": ({"loss": "least_squares", "level": "token", "reward": {"form": "logit"}}, (2,)),
     "wasserstein": ({"loss": "wasserstein", "reward": {"form": "logit"}, "spectral_norm": 0.05}, (3,)),
 }
 """Settings by name, and the ZeRO stages under which they run."""

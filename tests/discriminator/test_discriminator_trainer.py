@@ -196,8 +196,8 @@ def test_every_objective_survives_any_packing(objective, tiny_model: Path) -> No
     "objective",
     [
         {"loss": "bradley_terry", "reward": {"form": "bradley_terry"}},
-        {"loss": "hinge"},
-        {"loss": "least_squares", "perturbed_fraction": 0.5},
+        {"loss": "hinge", "reward": {"form": "logit"}},
+        {"loss": "least_squares", "perturbed_fraction": 0.5, "reward": {"form": "logit"}},
         {"loss": "wasserstein", "spectral_norm": 2.0, "gradient_penalty": 0.01, "score_centring": 0.1},
     ],
 )

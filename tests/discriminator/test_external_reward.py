@@ -1,6 +1,7 @@
 """The user's reward against a real HTTP server and a real module."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -104,6 +105,9 @@ def sleeps(prompts, responses, complete):
 def text(prompts, responses, complete):
     return "12"
 
+def one(responses):
+    return []
+
 number = 3
 """
 
@@ -111,6 +115,7 @@ number = 3
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "reward_of_a_user.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "reward_of_a_user", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     return "reward_of_a_user"
 
@@ -126,8 +131,9 @@ def test_a_python_path(module: str) -> None:
         ("raises", "KeyError: 'model'"),
         ("sleeps", "within 0.2 s"),
         ("text", "str, not a list"),
-        ("absent", "cannot be loaded"),
-        ("number", "no function but int"),
+        ("absent", "has no 'absent'; it has "),
+        ("number", "function of three lists"),
+        ("one", "function of three lists"),
     ],
 )
 def test_a_bad_function_is_named(function: str, message: str, module: str) -> None:
@@ -135,6 +141,15 @@ def test_a_bad_function_is_named(function: str, message: str, module: str) -> No
         call(f"{module}:{function}", timeout_s=0.2 if function == "sleeps" else 5.0)
 
 
-def test_a_module_that_does_not_exist() -> None:
-    with pytest.raises(UserRewardError, match="no_such_module"):
+def test_a_file(module: str, tmp_path: Path) -> None:
+    assert call(f"{tmp_path}/{module}.py:count") == [5.0, 12.0]
+
+
+def test_a_module_that_does_not_exist_or_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserRewardError, match="No module named 'no_such_module'; install it, put its folder on"
+    ):
         call("no_such_module:reward")
+    (tmp_path / "broken_reward.py").write_text("def reward(p, r, c) return []\n")
+    with pytest.raises(UserRewardError, match=r"user_reward = .*SyntaxError"):
+        call(f"{tmp_path}/broken_reward.py:reward")

@@ -127,8 +127,14 @@ def slow(config: DiscriminatorConfig, module: Discriminator, rows: StepRows) -> 
 
 CASES = [
     {"loss": "bce", "level": "token", "gradient_penalty": 0.7},
-    {"loss": "hinge", "score_centring": 0.4},
-    {"loss": "least_squares", "level": "token", "score_centring": 0.4, "spectral_norm": 0.5},
+    {"loss": "hinge", "score_centring": 0.4, "reward": {"form": "logit"}},
+    {
+        "loss": "least_squares",
+        "level": "token",
+        "score_centring": 0.4,
+        "spectral_norm": 0.5,
+        "reward": {"form": "logit"},
+    },
     {"loss": "wasserstein", "spectral_norm": 3.0, "gradient_penalty": 0.2, "reward": {"form": "logit"}},
     {"loss": "bradley_terry", "reward": {"form": "bradley_terry"}},
     {

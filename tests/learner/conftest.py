@@ -25,6 +25,7 @@ def random_table(
             if scored:
                 row["response_logprobs"] = rng.normal(-5.5, 0.5, n).astype(np.float32).tolist()
                 row["token_rewards"] = rng.normal(0, 1, n).astype(np.float32).tolist()
+                row["last_reward"] = row["token_rewards"][-1] if n else 0.0
             rows.append(row)
     schema = pa.schema(
         [
@@ -34,6 +35,7 @@ def random_table(
             ("response_ids", pa.list_(pa.int32())),
         ]
         + ([(c, pa.list_(pa.float32())) for c in ("response_logprobs", "token_rewards")] if scored else [])
+        + ([("last_reward", pa.float32())] if scored else [])
     )
     return pa.Table.from_pylist(rows, schema=schema)
 

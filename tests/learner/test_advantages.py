@@ -37,24 +37,40 @@ def returns():
     return torch.randn(N)
 
 
+def last_of(rewards: torch.Tensor) -> torch.Tensor:
+    """Each trajectory's last reward, 0 where it has none."""
+    return torch.tensor([float(row[-1]) if len(row) else 0.0 for row in parts(rewards)])
+
+
 def test_a_last_reward_goes_on_as_in_a_long_sum(returns):
     expected = [
         sum(0.6**k * row[min(t + k, len(row) - 1)] for k in range(200))
         for row in parts(returns)
         for t in range(len(row))
     ]
-    found = discounted_returns(going_on(returns, OFFSETS, 0.6), OFFSETS, 0.6)
+    found = discounted_returns(going_on(returns, OFFSETS, 0.6, last_of(returns)), OFFSETS, 0.6)
     torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_what_goes_on_is_the_last_judged_reward_whatever_tokens_complete_it():
+    """Two prefixes of .5 completed by one sampled token, the third by none: as if each had its own."""
+    rewards, last = torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.5])
+    offsets = torch.tensor([0, 3])
+    found = discounted_returns(going_on(rewards, offsets, 0.25, last), offsets, 0.25)
+    forever = 0.5 * 0.25 / 0.75
+    torch.testing.assert_close(found, torch.tensor([0.5 + 0.25 + forever / 16, 1 + forever / 4, forever]))
 
 
 def test_equal_rewards_that_go_on_pay_for_no_length():
     equal = torch.full((N,), 0.7)
     paid, _ = estimate_advantages("return", equal, OFFSETS, GROUPS, gamma=0.25)
     assert paid.abs().max() > 0.1, "the end would be discouraged"
-    even, _ = estimate_advantages("return", going_on(equal, OFFSETS, 0.25), OFFSETS, GROUPS, gamma=0.25)
+    even, _ = estimate_advantages(
+        "return", going_on(equal, OFFSETS, 0.25, last_of(equal)), OFFSETS, GROUPS, gamma=0.25
+    )
     torch.testing.assert_close(even, torch.zeros(N))
     with pytest.raises(ValueError, match="gamma < 1"):
-        going_on(equal, OFFSETS, 1.0)
+        going_on(equal, OFFSETS, 1.0, last_of(equal))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 0.9, 1.0])

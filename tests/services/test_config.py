@@ -88,6 +88,38 @@ def test_unknown_field_in_a_file_names_the_file_and_every_one_of_them(tmp_path):
             ["--learner.absorbing_end=true", "--discriminator.level=token", "--learner.gamma=1"],
             ["learner.absorbing_end", "learner.gamma below 1"],
         ),
+        (
+            [
+                "--learner.absorbing_end=true",
+                "--discriminator.level=token",
+                "--discriminator.canonical.max_response_tokens=16",
+                "--sampling.max_tokens=64",
+            ],
+            ["learner.absorbing_end", "canonical.max_response_tokens = 16", "sampling.max_tokens = 64"],
+        ),
+        (
+            [
+                "--discriminator.reward.length_control=deviation",
+                "--discriminator.reward.length_target=80",
+                "--sampling.max_tokens=60",
+            ],
+            ["length_target = 80", "sampling.max_tokens = 60"],
+        ),
+        (["--learner.gamma=0"], ["learner.gamma = 0", "last token"]),
+        (["--learner.importance_cap=0.5"], ["importance_cap = 0.5", "1 or more"]),
+        (
+            ["--learner.loss=ppo_clip", "--learner.minibatches=64", "--run.prompts_per_step=16"],
+            ["learner.minibatches = 64", "run.prompts_per_step = 16"],
+        ),
+        (["--learner.warmup_steps=50", "--run.steps=50"], ["learner.warmup_steps = 50", "after 50 updates"]),
+        (
+            ["--discriminator.warmup_steps=900", "--run.steps=50"],
+            ["discriminator.warmup_steps = 900", "not over"],
+        ),
+        (
+            ["--discriminator.loss=hinge", "--discriminator.reward.form=logit", "--learner.gumbel.weight=1"],
+            ["learner.gumbel.objective", "sigmoid"],
+        ),
         (["--run.steps=0"], ["run.steps", "0"]),
         (["--learner.lr=-1e-5"], ["learner.lr", "-1e-05"]),
         (["--learner.zero_stage=4"], ["learner.zero_stage", "4"]),
@@ -209,8 +241,20 @@ def test_a_discriminator_that_trains_along_counts_its_warm_up_too():
         "--discriminator.warmup_max_steps=7",
         "--discriminator.steps_per_policy_step=3",
     ]
-    assert load(None, [*NEEDED, *words]).discriminator_updates == 37
+    assert load(None, [*NEEDED, *words]).discriminator_updates == 7 + 10 * (3 + 1)
     assert load(None, [*NEEDED, *words, "--discriminator.frozen=true"]).discriminator_updates == 7
+
+
+def test_evaluations_draw_from_what_is_trained():
+    assert load(None, NEEDED).evaluation_sampling == {"temperature": 1.0, "top_p": 1.0}
+    colder = [*NEEDED, "--sampling.temperature=0.7"]
+    assert load(None, colder).evaluation_sampling["temperature"] == 0.7
+    assert load(None, [*colder, "--evaluation.temperature=0.2"]).evaluation_sampling["temperature"] == 0.2
+
+
+def test_sft_is_not_held_to_what_it_does_not_read():
+    given = [*NEEDED, "--run.method=sft", "--learner.absorbing_end=true", "--learner.advantage=grpo"]
+    assert load(None, [*given, "--sampling.group_size=1", "--learner.warmup_steps=500"])
 
 
 def test_overrides_beat_the_file(tmp_path):

@@ -110,7 +110,7 @@ def test_one_file_serves_every_method_and_what_is_not_read_is_named(tmp_path):
         "[discriminator.canonical]\nwhitespace = 'outer'\nmax_prompt_tokens = 9\n"
     )
     assert not_read(load(file, [*NEEDED, "--run.method=sft"])) == [
-        "discriminator.lr", "discriminator.canonical.max_prompt_tokens", "learner.kl_coef"
+        "discriminator.lr", "learner.kl_coef"
     ]  # fmt: skip
     assert not_read(load(file, NEEDED)) == ["learner.sft"]
     assert not_read(load(None, [*NEEDED, "--run.method=sft"])) == []
@@ -121,7 +121,18 @@ def test_one_file_serves_every_method_and_what_is_not_read_is_named(tmp_path):
     ("words", "unread"),
     [
         (["--learner.clip_low=0.1", "--learner.clip_high=0.3"], ["learner.clip_low", "learner.clip_high"]),
-        (["--learner.clip_low=0.1", "--learner.loss=ppo_clip"], []),
+        (["--learner.clip_low=0.1", "--learner.loss=ppo_clip", "--learner.epochs=2"], []),
+        (["--learner.clip_low=0.1", "--learner.loss=ppo_clip"], ["learner.clip_low"]),
+        (["--learner.kl_coef=0", "--learner.kl_in=reward"], ["learner.kl_in"]),
+        (["--learner.gumbel.objective=logit"], ["learner.gumbel.objective"]),
+        (["--learner.gumbel.objective=logit", "--learner.gumbel.weight=0.1"], []),
+        (["--discriminator.reward.user_weight=2", "--discriminator.reward.length_coefficient=3"],
+         ["discriminator.reward.length_coefficient", "discriminator.reward.user_weight"]),
+        (["--discriminator.health.policy_slow_factor=0.1"], ["discriminator.health.policy_slow_factor"]),
+        (["--discriminator.health.enabled=false", "--discriminator.health.extra_steps=3"],
+         ["discriminator.health.extra_steps"]),
+        (["--discriminator.frozen=true", "--discriminator.buffer.replay_fraction=0.2"],
+         ["discriminator.buffer"]),
         (["--learner.gae_lambda=0.9", "--learner.critic.lr=1e-4"], ["learner.gae_lambda", "learner.critic"]),
         (["--learner.gae_lambda=0.9", "--learner.advantage=gae"], []),
         (["--learner.kl_gain=0.2"], ["learner.kl_gain"]),
