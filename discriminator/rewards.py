@@ -182,7 +182,7 @@ def stamp(
     Args:
         table: trajectories of a whole step (whitening takes its moments over them); `token_ends` is read.
         version: discriminator version that gave the scores.
-        scores: per row, one score per canonical token; none for a cut response without text.
+        scores: per row, one score per canonical token, of which every response has at least one.
         spans: per row, their spans.
         level: see `token_rewards`.
         config: the whole reward section.
@@ -196,14 +196,9 @@ def stamp(
     _check_column("references", references, table.num_rows, config.form == "relativistic", config.form)
     _check_column("user_rewards", user_rewards, table.num_rows, bool(config.user_reward), config.user_reward)
     ends = table["token_ends"].to_pylist()
-    # A response cut before it had any text has no token to judge. It is taken for the step's worst one, or
-    # saying nothing could pay.
-    worst = min((score[-1] for score in scores if len(score)), default=0.0)
-    levels: list[Level] = [level if len(score) else "sequence" for score in scores]
-    scores = [score if len(score) else np.array([worst]) for score in scores]
     judged = [
         reward(
-            score[-1:] if levels[row] == "sequence" else score,
+            score[-1:] if level == "sequence" else score,
             config,
             None if references is None else references[row],
         )
@@ -211,9 +206,10 @@ def stamp(
     ]
     flat = whitened(np.concatenate(judged), config) if judged else np.zeros(0)
     parts = np.split(flat, np.cumsum([len(part) for part in judged])[:-1]) if judged else []
-    rewards = []
-    for values, span, end, at in zip(parts, spans, ends, levels, strict=True):
-        rewards.append(_placed(values, span, end, at).astype(np.float32))
+    rewards = [
+        _placed(values, span, end, level).astype(np.float32)
+        for values, span, end in zip(parts, spans, ends, strict=True)
+    ]
     columns = {
         "disc_version": pa.array([version] * table.num_rows, pa.int32()),
         "score": pa.array([float(score[-1]) for score in scores], pa.float32()),

@@ -64,10 +64,7 @@ class ProbeScores:
         if len(answers) != len(self._rows):
             raise ValueError(f"{len(answers)} answers for {len(self._rows)} probes")
         self._scores.pop(version, None)
-        # A response that was cut before it had any text leaves nothing to judge: the logit of not knowing.
-        self._scores[version] = [
-            float(answer["scores"][-1]) if len(answer["scores"]) else 0.0 for answer in answers
-        ]
+        self._scores[version] = [float(answer["scores"][-1]) for answer in answers]
         for old in sorted(self._scores)[: -self.kept]:
             del self._scores[old]
         ordered = np.array([self._scores[v] for v in sorted(self._scores)])

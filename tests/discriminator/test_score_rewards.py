@@ -166,12 +166,3 @@ def test_the_users_reward_and_length_control_stay_apart_from_the_discriminators(
     assert table["response_reward"].to_pylist() == [-5.0 - 1.0, -1.0]
     plain = stamp(batch(1), 3, scores[:1], [[(0, 1)]], level="sequence", config=RewardConfig())
     assert "response_reward" not in plain.column_names
-
-
-@pytest.mark.parametrize("level", ["sequence", "token"])
-def test_a_cut_response_without_text_is_taken_for_the_worst(level) -> None:
-    config = RewardConfig(form="logit")
-    empty = np.zeros(0, dtype=np.float32)
-    rewards = stamped(config, [np.array([0.5, 1.5]), empty, np.array([-0.5, -2.0])], [2, 3, 2], level=level)
-    assert rewards[1] == [0.0, 0.0, -2.0]
-    assert stamped(config, [empty], [2], level=level) == [[0.0, 0.0]]
