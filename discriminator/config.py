@@ -72,10 +72,10 @@ class RewardConfig(Section):
     """How a score becomes a reward."""
 
     form: RewardForm = "neg_log_one_minus_d"
-    """Reward form. At the sequence level only `neg_log_one_minus_d` kept all modes of the calibration
-    language; per token with gamma .25 `logit` and `prob` did too, and `log_d` did not. `bradley_terry` is the
-    raw score of a discriminator trained with that loss; `relativistic` subtracts the score of the prompt's
-    demonstration, so every prompt needs one."""
+    """Reward form. At the sequence level only `neg_log_one_minus_d` kept all modes of a language that has
+    known ones; per token with gamma .25 `logit` and `prob` did too, and `log_d` in two runs of three.
+    `bradley_terry` is the raw score of a discriminator trained with that loss; `relativistic` subtracts the
+    score of the prompt's demonstration, so every prompt needs one."""
 
     clip: PositiveFloat | None = 5.0
     """Rewards are clipped to [-clip, clip], before whitening, length control and the user's reward (none: no

@@ -132,7 +132,7 @@ def entropy_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
 
 def overconfidence(rows: Rows, bounds: AlarmBounds) -> str | None:
     """`evaluation/nll` − `policy/entropy` has grown since the first evaluation: the policy is surer of its
-    answers than the humans' answers bear out. It comes before modes are gone."""
+    answers than the humans' answers bear out."""
     gaps = []
     for row, after in zip(rows, [*rows[1:], {}], strict=True):
         nll, entropy = row.get("evaluation/nll"), row.get("policy/entropy", after.get("policy/entropy"))
