@@ -132,6 +132,8 @@ def test_what_a_response_earns_as_a_whole_is_earned_by_every_token(tiny_model, u
     whole = np.linspace(-1.0, 2.0, len(uneven_table)).astype(np.float32)
     nothing = [[0.0] * len(ids) for ids in uneven_table["response_ids"].to_pylist()]
     table = replace_column(uneven_table, "token_rewards", nothing)
+    last = table.column_names.index("last_reward")
+    table = table.set_column(last, "last_reward", pa.array([0.0] * len(table), pa.float32()))
     table = table.append_column("response_reward", pa.array(whole))
     settings = {"gamma": 0.25, "absorbing_end": absorbing_end, "baseline": "none", "importance_cap": None}
     learner = learner_for(tiny_model, **settings)

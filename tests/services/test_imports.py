@@ -34,7 +34,7 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-LOADS_THE_USERS_CODE = {"discriminator/external_reward.py", "services/evaluation/extra_measures.py"}
+LOADS_THE_USERS_CODE = {"discriminator/user_function.py"}
 
 
 def test_only_the_users_own_functions_are_loaded_by_a_computed_name():

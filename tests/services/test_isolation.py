@@ -27,7 +27,7 @@ from services.config import Config, load
 from services.controller import Controller
 from services.demonstrations import Demonstrations
 
-STAMPED = ["disc_version", "score", "token_rewards"]
+STAMPED = ["disc_version", "score", "token_rewards", "last_reward"]
 
 
 @pytest.fixture(scope="module")
