@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from discriminator.config import RewardConfig
+from discriminator.reward_config import RewardConfig
 from discriminator.user_function import UserFunctionError, load_user_function
 
 TAKES = "three lists (prompts, responses, complete) that returns one number per response"

@@ -15,7 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from discriminator.canonical import Span, spread_to_sampled
-from discriminator.config import Level, RewardConfig, RewardForm
+from discriminator.config import Level
+from discriminator.reward_config import RewardConfig, RewardForm
 
 Array = NDArray[np.float64]
 

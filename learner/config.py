@@ -344,9 +344,7 @@ class LearnerConfig(OptimizerConfig):
         if self.importance == "masked" and self.importance_cap is None:
             raise ValueError('importance = "masked" needs importance_cap, the upper bound of what is kept')
         if self.importance == "truncated" and self.importance_floor > 0:
-            raise ValueError(
-                'importance_floor is the lower bound of importance = "masked"; truncated weights have none'
-            )
+            raise ValueError('importance_floor is the lower bound of importance = "masked"; drop it')
         if self.importance == "truncated" and self.importance_cap is not None and self.importance_cap < 1:
             raise ValueError(
                 f"importance_cap = {self.importance_cap} cuts the weight 1 of a sampler that agrees with the "

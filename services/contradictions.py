@@ -4,7 +4,8 @@ of a method are in `methods.py`.
 
 from typing import TYPE_CHECKING
 
-from discriminator.config import ANCHORED_FORMS, BOUNDED_LOSSES, RAW_FORMS, SHIFT_FREE_LOSSES
+from discriminator.config import BOUNDED_LOSSES, SHIFT_FREE_LOSSES
+from discriminator.reward_config import ANCHORED_FORMS, RAW_FORMS
 
 if TYPE_CHECKING:
     from services.config import Config

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from discriminator.config import DiscriminatorConfig, RewardConfig
+from discriminator.config import DiscriminatorConfig
+from discriminator.reward_config import RewardConfig
 
 
 def test_defaults_follow_the_calibration() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from discriminator.config import RewardConfig
 from discriminator.external_reward import UserRewardError, call_user_reward, load_user_reward
+from discriminator.reward_config import RewardConfig
 
 ARGUMENTS = (["p", "p"], ["short", "longer text"], [True, False])
 

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from discriminator.config import RewardConfig
+from discriminator.reward_config import RewardConfig
 from discriminator.rewards import (
     FORMS,
     demonstration_score,
