@@ -189,7 +189,7 @@ def test_answers_without_groups_and_empty_ones_are_scored(tiny_model, make_table
         ({"loss": "ppo_clip", "dual_clip": 1.1}, "clip range"),
         ({"loss": "gspo"}, 'set normalise = "sequence"'),
         ({"importance": "masked", "importance_cap": None}, "needs importance_cap"),
-        ({"importance_floor": 0.5}, "lower bound of importance = "masked""),
+        ({"importance_floor": 0.5}, "lower bound of importance"),
         ({"importance": "masked", "importance_floor": 3}, "put 1 between them"),
         ({"kl_target": 0.1, "kl_coef": 0}, "leaves 0 at 0"),
         ({"pack_length": 9000}, "micro_batch_tokens"),
