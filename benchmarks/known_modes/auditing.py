@@ -7,13 +7,16 @@ import pyarrow as pa
 
 from benchmarks.known_modes.artefacts import Plant
 from discriminator.audit import AuditReport, audit
+from discriminator.config import CanonicalConfig
+from discriminator.model import load_canonicaliser
 from discriminator.probes import canonical_responses, raw_responses
 from services.config import Config
 
 
 def audit_sides(system: Any, config: Config, plant: Plant, *, guard: bool) -> AuditReport:
     """The audit with planted ids as the demonstrations' raw side, before training, on as many base samples as
-    a run draws. With `guard` the discriminator reads the canonical sides, else the raw ones.
+    a run draws. With `guard` the discriminator reads the canonical sides, else the raw ones; what
+    canonicalisation would do to them is compared all the same, as by the auditor of a run.
     """
     settings = config.discriminator.audit
     samples = asyncio.run(system.base_samples(settings.base_samples))
@@ -27,7 +30,9 @@ def audit_sides(system: Any, config: Config, plant: Plant, *, guard: bool) -> Au
     planted = demonstrations.set_column(column, "response_text", pa.array(texts, pa.string()))
     planted = planted.append_column("response_ids", pa.array(ids, pa.list_(pa.int32())))
     raw = tuple(raw_responses(side, renderer.tokenizer, renderer.end_id) for side in (planted, samples))
-    canonical = tuple(canonical_responses(side, system.judge.canonical) for side in (demonstrations, samples))
+    path = config.discriminator.model_copy(update={"canonical": CanonicalConfig()})
+    canonicaliser = system.judge.canonical if guard else load_canonicaliser(path, config.policy.model)
+    canonical = tuple(canonical_responses(side, canonicaliser) for side in (demonstrations, samples))
     return audit(
         (raw[0], raw[1]),
         (canonical[0], canonical[1]),
