@@ -63,10 +63,12 @@ def test_reference_rows_and_audits(assets: Path) -> None:
     assert test["base"]["valid"] < 0.2  # untrained
     assert (test["human"]["valid"], test["base"]["moved"]) == (1.0, pytest.approx(0.0, abs=1e-4))
     assert test["human"]["nll_gap"] == pytest.approx(0.0, abs=1.0)
-    for plant in ("leading space", "trailing newline"):  # the second is one that the policy can produce
+    for plant in ("leading space", "trailing newline"):
         off = Cell("c", {**SMALL, **GUARD_OFF}, data=Data(plant=plant), kind="audit", guard=False)
-        verdicts = {f["cue"]: f["verdict"] for f in carry_out(Task("g", off, 0), assets)["findings"]}
-        assert verdicts["outer whitespace"] == "refuse"
+        found = carry_out(Task("g", off, 0), assets)
+        assert "outer whitespace" in {finding["cue"] for finding in found["findings"]}
+        # What canonicalisation would leave: the untrained policy's own, of responses that were cut.
+        assert found["canonical"]["outer whitespace"] < 0.95 < found["raw"]["outer whitespace"]
     guarded = Cell("c", SMALL, data=Data(plant="leading space"), kind="audit")
     found = carry_out(Task("g", guarded, 0), assets)
     assert found["raw"]["outer whitespace"] > 0.99 > found["canonical"]["outer whitespace"]
