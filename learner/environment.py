@@ -8,9 +8,9 @@ from pathlib import Path
 # every page in again; told not to, it cuts its one arena into ever smaller pieces, searches them longer each
 # step, and grows. jemalloc does neither.
 _JEMALLOC = {
-    # Large blocks too stay after they are freed, in huge pages; the kernel may still take what is free.
-    # Otherwise a step's memory is given back and faulted in again: a quarter of a small model's step.
-    "MALLOC_CONF": "oversize_threshold:0,muzzy_decay_ms:-1,thp:always",
+    # Large blocks too stay after they are freed; the kernel may still take what is free. Otherwise a step's
+    # memory is given back and faulted in again, which is a fifth of its time.
+    "MALLOC_CONF": "oversize_threshold:0,muzzy_decay_ms:-1",
 }
 _GLIBC = {
     "MALLOC_ARENA_MAX": "1",  # only the main arena can keep large blocks, and Ray works on another thread
