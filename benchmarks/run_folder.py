@@ -10,6 +10,10 @@ from benchmarks.store import Result
 from services.metrics import read_metrics
 
 
+FOLDERS = (("policy", "model"), ("discriminator", "model"), ("evaluation", "embedding_model"))
+"""Settings that may be a folder of this machine."""
+
+
 def read_run(run: Path) -> Result:
     """What a finished run says of itself: rows of its test prompts, its curve with the minutes and samples
     that each evaluation came after, its cost, its settings.
@@ -24,7 +28,8 @@ def read_run(run: Path) -> Result:
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     # What a result keeps must mean the same on another machine.
     del config["run"]["output"]
-    config["policy"]["model"] = "/".join(Path(config["policy"]["model"]).parts[-2:])
+    for section, field in FOLDERS:
+        config[section][field] = "/".join(Path(config[section][field]).parts[-2:])
     metrics = read_metrics(run / "metrics.jsonl")
     times = {row["step"]: row["wall_seconds"] for row in metrics}
     samples = summary["prompts_seen"] / max(summary["steps"], 1)

@@ -29,7 +29,8 @@ def finished_run(folder: Path, seed: int, method: str = "rlgaf", best: float = 0
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.toml").write_text(
         f'[run]\nseed = {seed}\nmethod = "{method}"\noutput = "/home/me/runs"\n'
-        '[policy]\nmodel = "/home/me/assets/known-modes/base"\n'
+        '[policy]\nmodel = "/home/me/assets/known-modes/base"\n[discriminator]\nmodel = ""\n'
+        '[evaluation]\nembedding_model = "/home/me/assets/minilm"\n'
     )
     rows = (
         {"step": 0, "time": 30.0, "wall_seconds": 30.0},

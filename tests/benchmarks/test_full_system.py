@@ -24,6 +24,8 @@ def test_a_run_folder_becomes_a_result(tmp_path: Path) -> None:
     assert result["config"] == {
         "run": {"seed": 4, "method": "rlgaf"},
         "policy": {"model": "known-modes/base"},
+        "discriminator": {"model": ""},
+        "evaluation": {"embedding_model": "assets/minilm"},
     }
     assert [(row["minutes"], row["samples"]) for row in result["curve"]] == [(0.0, 0.0), (2.0, 640.0)]
     assert full_system.kept("rewards", results) == []
