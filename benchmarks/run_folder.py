@@ -9,7 +9,6 @@ from benchmarks.recorded import recorded
 from benchmarks.store import Result
 from services.metrics import read_metrics
 
-
 FOLDERS = (("policy", "model"), ("discriminator", "model"), ("evaluation", "embedding_model"))
 """Settings that may be a folder of this machine."""
 
