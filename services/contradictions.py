@@ -69,10 +69,11 @@ def update_problems(config: "Config") -> list[str]:
         "discriminator": (judge, config.discriminator_updates),
     }
     for name, (section, most) in updates.items():
-        if section.schedule_steps is None and 0 < most <= section.warmup_steps:
+        falls = section.lr_schedule != "constant" and section.schedule_steps is None
+        if falls and 0 < most <= section.warmup_steps:
             problems.append(
                 f"{name}.warmup_steps = {section.warmup_steps} is not over when the run is, after {most} "
-                "updates; shorten it"
+                f'updates, and {name}.lr_schedule = "{section.lr_schedule}" never begins; shorten it'
             )
     return problems
 

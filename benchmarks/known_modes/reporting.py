@@ -13,6 +13,7 @@ from benchmarks.known_modes.tables import (
     MEASURES,
     agreement_line,
     alarm_lead,
+    alarm_line,
     alarm_step,
     copy_ratio,
     lost_step,
@@ -63,6 +64,8 @@ def grid_section(grid: Grid, assets: Path, results: Path, figures: Path) -> str:
     parts += [reference_table(found[0]) for name, found in lines if found and kinds[name] == "reference"]
     if trained:
         parts.append(results_table([*trained, *whole], MEASURES + EXTRA.get(grid.name, ())))
+        if alarm_lead in [of for _, of, _ in EXTRA.get(grid.name, ())]:
+            parts.append(alarm_line([result for _, found in trained for result in found]))
         for name, found in trained:
             parts.append(agreement_line(found, dict(whole).get(full_system.title(name), [])))
     audits = [(name, found[0]) for name, found in lines if found and kinds[name] == "audit"]

@@ -2,7 +2,7 @@
 results."""
 
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import isnan, nan
 from statistics import mean
 from typing import Any
 
@@ -57,6 +57,20 @@ MEASURES: tuple[Column, ...] = (
     ("chosen step", lambda result: result.get("best_step"), 0),
     ("mode TV, last step", of_test("mode_tv", "last"), 3),
 )
+
+
+def alarm_line(results: Sequence[Result]) -> str:
+    """In how many runs that lost a mode for good the first alarm of a collapse came before, with and after
+    that; empty where no run did."""
+    lost = [r for r in results if (step := lost_step(r)) is not None and not isnan(step)]
+    if not lost:
+        return ""
+    leads = [lead for r in lost if (lead := alarm_lead(r)) is not None]
+    ahead, late = sum(lead > 0 for lead in leads), sum(lead < 0 for lead in leads)
+    return (
+        f"{len(lost)} runs lost a mode for good. The first alarm came before that in {ahead}, at the same "
+        f"step in {len(leads) - ahead - late}, later in {late}, and never in {len(lost) - len(leads)}."
+    )
 
 
 def reference_table(result: Result) -> str:

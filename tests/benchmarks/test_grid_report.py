@@ -11,7 +11,7 @@ from benchmarks.figures import by_number, chart, over_steps
 from benchmarks.known_modes import planning
 from benchmarks.known_modes.cells import Cell, Grid
 from benchmarks.known_modes.reporting import COMMAND, PART, write_report
-from benchmarks.known_modes.tables import MEASURES, alarm_lead, alarm_step, copy_ratio, lost_step
+from benchmarks.known_modes.tables import MEASURES, alarm_lead, alarm_line, alarm_step, copy_ratio, lost_step
 from benchmarks.lines import results_table, spread
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,11 @@ def test_when_modes_are_lost_for_good_and_when_the_alarm_came() -> None:
     early = result(0.1, alarms=[{"step": 9, "name": "mode_collapse"}, {"step": 1, "name": "overconfidence"}])
     assert (alarm_lead(early), alarm_lead(result(0.1))) == (3, -5)
     assert alarm_lead(result(0.1, alarms=[])) is None
+    kept = result(0.1, steps=[{"step": 1, "gone": 0}])
+    said = alarm_line([early, result(0.1), result(0.1, alarms=[]), kept])
+    assert said.startswith("3 runs lost")
+    assert said.endswith("before that in 1, at the same step in 0, later in 1, and never in 1.")
+    assert alarm_line([kept]) == ""
     assert alarm_lead(result(0.1, steps=[{"step": 1, "gone": 0}])) is None
 
 

@@ -111,10 +111,13 @@ def test_unknown_field_in_a_file_names_the_file_and_every_one_of_them(tmp_path):
             ["--learner.loss=ppo_clip", "--learner.minibatches=64", "--run.prompts_per_step=16"],
             ["learner.minibatches = 64", "run.prompts_per_step = 16"],
         ),
-        (["--learner.warmup_steps=50", "--run.steps=50"], ["learner.warmup_steps = 50", "after 50 updates"]),
         (
-            ["--discriminator.warmup_steps=900", "--run.steps=50"],
-            ["discriminator.warmup_steps = 900", "not over"],
+            ["--learner.warmup_steps=50", "--run.steps=50", "--learner.lr_schedule=linear"],
+            ["learner.warmup_steps = 50", "after 50 updates"],
+        ),
+        (
+            ["--discriminator.warmup_steps=900", "--run.steps=50", "--discriminator.lr_schedule=cosine"],
+            ["discriminator.warmup_steps = 900", "never begins"],
         ),
         (
             ["--discriminator.loss=hinge", "--discriminator.reward.form=logit", "--learner.gumbel.weight=1"],
@@ -250,6 +253,10 @@ def test_evaluations_draw_from_what_is_trained():
     colder = [*NEEDED, "--sampling.temperature=0.7"]
     assert load(None, colder).evaluation_sampling["temperature"] == 0.7
     assert load(None, [*colder, "--evaluation.temperature=0.2"]).evaluation_sampling["temperature"] == 0.2
+
+
+def test_a_short_run_may_end_in_its_warm_up():
+    assert load(None, [*NEEDED, "--learner.warmup_steps=10", "--run.steps=2"]).learner.warmup_steps == 10
 
 
 def test_sft_is_not_held_to_what_it_does_not_read():
