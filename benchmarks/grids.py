@@ -149,43 +149,49 @@ NEAR: dict[str, Any] = {"learner.kl_coef": 0.05}
 DROPPED: dict[str, Any] = {"discriminator.token_dropout": 0.4}
 SMALL: dict[str, Any] = {"discriminator.lora.rank": 4}
 SFT_TOO: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("learning rate 1e-3", {"learner.lr": 1e-3}),
-    ("learning rate 3e-3", {"learner.lr": 3e-3}),
-    ("learning rate 1e-3, weight decay 1", {"learner.lr": 1e-3, "learner.weight_decay": 1.0}),
-    ("learning rate 3e-3, adapters of rank 4", {"learner.lr": 3e-3, "learner.lora.rank": 4}),
+    ("sft, learning rate 1e-3", {"learner.lr": 1e-3}),
+    ("sft, learning rate 3e-3", {"learner.lr": 3e-3}),
+    ("sft, learning rate 1e-3, weight decay 1", {"learner.lr": 1e-3, "learner.weight_decay": 1.0}),
+    ("sft, learning rate 3e-3, adapters of rank 4", {"learner.lr": 3e-3, "learner.lora.rank": 4}),
 )
 """What the same thoughts do for the opponent."""
+BOTH: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("B, KL .05 and token dropout .4 (C)", GENTLE | NEAR | DROPPED),
+)
+ALL: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("default", {}),
+    ("per token, prob", PER_TOKEN | _form("prob")),
+    ("… and weight decay 1 (A)", JUDGE),
+    ("A and warm-up with patience (B)", GENTLE),
+    ("B and token dropout .2", GENTLE | {"discriminator.token_dropout": 0.2}),
+    ("B and token dropout .4", GENTLE | DROPPED),
+    ("B and dropout .3", GENTLE | {"discriminator.dropout": 0.3}),
+    ("B and R1 penalty .1", GENTLE | {"discriminator.gradient_penalty": 0.1}),
+    ("B and discriminator lr 5e-4", GENTLE | {"discriminator.lr": 5e-4}),
+    ("B and one step a turn", GENTLE | ONE_STEP),
+    ("B and KL .05", GENTLE | NEAR),
+    ("B and adapters of rank 4", GENTLE | SMALL),
+    *BOTH,
+    ("B, KL .05 and adapters of rank 4 (D)", GENTLE | NEAR | SMALL),
+    ("D and token dropout .4 (E)", GENTLE | NEAR | SMALL | DROPPED),
+    ("E and an absorbing end", GENTLE | NEAR | SMALL | DROPPED | ABSORBING),
+    ("C with KL .1", GENTLE | DROPPED | {"learner.kl_coef": 0.1}),
+    ("C with token dropout .6", GENTLE | NEAR | {"discriminator.token_dropout": 0.6}),
+)
 FEW = Grid(
     "few",
     "What makes rlgaf better with 32 and 128 demonstrations?",
     (
         REFERENCE,
         *(
-            Cell(f"sft, {name}, N = {number}", _few(number) | FINE | settings, "sft", Data(seed=None))
+            Cell(f"{name}, N = {number}", _few(number) | FINE | settings, "sft", Data(seed=None))
             for number in (32, 128)
             for name, settings in SFT_TOO
         ),
         *(
             Cell(f"{name}, N = {number}", _few(number) | FINE | settings, data=Data(seed=None))
-            for number in (32, 128)
-            for name, settings in (
-                ("default", {}),
-                ("per token, prob", PER_TOKEN | _form("prob")),
-                ("… and weight decay 1 (A)", JUDGE),
-                ("A and warm-up with patience (B)", GENTLE),
-                ("B and token dropout .2", GENTLE | {"discriminator.token_dropout": 0.2}),
-                ("B and token dropout .4", GENTLE | DROPPED),
-                ("B and dropout .3", GENTLE | {"discriminator.dropout": 0.3}),
-                ("B and R1 penalty .1", GENTLE | {"discriminator.gradient_penalty": 0.1}),
-                ("B and discriminator lr 5e-4", GENTLE | {"discriminator.lr": 5e-4}),
-                ("B and one step a turn", GENTLE | ONE_STEP),
-                ("B and KL .05", GENTLE | NEAR),
-                ("B and adapters of rank 4", GENTLE | SMALL),
-                ("B, KL .05 and token dropout .4 (C)", GENTLE | NEAR | DROPPED),
-                ("B, KL .05 and adapters of rank 4 (D)", GENTLE | NEAR | SMALL),
-                ("D and token dropout .4 (E)", GENTLE | NEAR | SMALL | DROPPED),
-                ("E and an absorbing end", GENTLE | NEAR | SMALL | DROPPED | ABSORBING),
-            )
+            for number in NUMBERS
+            for name, settings in (ALL if number < 512 else BOTH)
         ),
     ),
 )
