@@ -57,15 +57,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An example, named `name`, that is run in several ways."""
+    """An example that is run in several ways.
+
+    Args:
+        name: its name in the document, figures and folders.
+        example: the runs' configuration.
+        entries: the ways.
+        options: what all of them have otherwise than the example.
+    """
 
     name: str
+    example: Path
     entries: Sequence[Entry]
-
-    @property
-    def example(self) -> Path:
-        """The runs' configuration."""
-        return Path("examples") / f"{self.name}.toml"
+    options: Sequence[str] = ()
 
     def entry(self, name: str) -> Entry:
         """The entry of that name.
@@ -100,11 +104,29 @@ WHOLE, PER_TOKEN, ABSORBING = (
     Entry("rlgaf, per token", "rlgaf", (0,), _options("token", "prob", "false")),
     Entry("rlgaf, per token, absorbing end", "rlgaf", (0,), _options("token", "prob", "true")),
 )
+HELD = Entry(
+    "rlgaf, per token, judge held back",
+    "rlgaf",
+    (0,),
+    (
+        *PER_TOKEN.options,
+        *("--discriminator.weight_decay", "1.0", "--discriminator.warmup_patience", "3"),
+        *("--discriminator.token_dropout", "0.4", "--learner.kl_coef", "0.05"),
+    ),
+)
+"""What was best of the grid `few` (`benchmarks.grids`)."""
+QUICKSTART, DEBIAN = (Path("examples") / f"{name}.toml" for name in ("quickstart", "debian-synopses"))
 COMPARISONS = {
     item.name: item
     for item in (
-        Comparison("quickstart", _entries((0, 1, 2), PER_TOKEN, ABSORBING)),
-        Comparison("debian-synopses", _entries((0,), WHOLE, PER_TOKEN)),
+        Comparison("quickstart", QUICKSTART, _entries((0, 1, 2), ABSORBING, HELD)),
+        Comparison(
+            "quickstart-128",
+            QUICKSTART,
+            (Entry("sft", "sft", (0,)), Entry("rlgaf", "rlgaf", (0,)), HELD),
+            ("--data.max_demonstrations", "128"),
+        ),
+        Comparison("debian-synopses", DEBIAN, _entries((0,), WHOLE, PER_TOKEN)),
     )
 }
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -278,7 +300,8 @@ def _in_place(results: Sequence[Result], row: str) -> list[Result]:
 def _train(comparison: Comparison, entry: Entry, seed: int, folder: Path) -> None:
     command = [
         *(str(Path(sys.executable).with_name("rlgaf")), "train", str(comparison.example), "--auto-resume"),
-        *("--run.method", entry.method, "--run.seed", str(seed), *entry.options),
+        *("--run.method", entry.method, "--run.seed", str(seed)),
+        *(*comparison.options, *entry.options),
         *("--run.name", folder.name, "--run.output", str(folder.parent)),
     ]
     typer.echo(f"$ {' '.join(['rlgaf', *command[1:]])}")
