@@ -175,6 +175,7 @@ ALL: tuple[tuple[str, dict[str, Any]], ...] = (
     ("B, KL .05 and adapters of rank 4 (D)", GENTLE | NEAR | SMALL),
     ("D and token dropout .4 (E)", GENTLE | NEAR | SMALL | DROPPED),
     ("E and an absorbing end", GENTLE | NEAR | SMALL | DROPPED | ABSORBING),
+    ("C without A and B", PER_TOKEN | _form("prob") | NEAR | DROPPED),
     ("C with KL .1", GENTLE | DROPPED | {"learner.kl_coef": 0.1}),
     ("C with token dropout .6", GENTLE | NEAR | {"discriminator.token_dropout": 0.6}),
 )
