@@ -256,30 +256,36 @@ def section(comparison: Comparison, found: Lines, figures: Path) -> str:
 
 
 def gap_lines(found: Lines) -> dict[str, str]:
-    """How much of the way from the base to `sft` each other entry goes, in the means; none without `sft`."""
+    """How much of the way from the base to `sft` each other entry goes, in the means; none without `sft`,
+    nor in what `sft` makes no better."""
     if "sft" not in found:
         return {}
     said = {}
     for name, results in found.items():
         if name != "sft":
-            shares = [f"{title} {closed(results, found['sft'], of):.0%}" for title, of in CLOSED]
+            shares = [
+                f"{title} {share:.0%}"
+                for title, of, better in CLOSED
+                if (share := closed(results, found["sft"], of, better)) is not None
+            ]
             said[name] = f"of the way from the base to sft in {', '.join(shares)}"
     return said
 
 
-CLOSED: tuple[tuple[str, Value], ...] = (
-    ("C2ST", of_test("c2st")),
-    ("NLL", of_test("nll")),
-    ("chrF", of_test("chrf")),
+CLOSED: tuple[tuple[str, Value, int], ...] = (
+    ("C2ST", of_test("c2st"), -1),
+    ("NLL", of_test("nll"), -1),
+    ("chrF", of_test("chrf"), 1),
 )
+"""Measures, and whether more of them is better (1) or less (-1)."""
 
 
-def closed(results: Sequence[Result], best: Sequence[Result], of: Value) -> float:
-    """Share of the difference between base and `best` that `results` make up, in the means; NaN where there
-    is no difference."""
+def closed(results: Sequence[Result], best: Sequence[Result], of: Value, better: int) -> float | None:
+    """Share of the difference between base and `best` that `results` make up, in the means; None where `best`
+    is not better than the base."""
     base = _mean(_in_place([*results, *best], "base"), of)
     whole = _mean(best, of) - base
-    return (_mean(results, of) - base) / whole if whole else float("nan")
+    return (_mean(results, of) - base) / whole if whole * better > 0 else None
 
 
 def _mean(results: Sequence[Result], of: Value) -> float:

@@ -79,3 +79,18 @@ def test_an_unknown_name_is_answered_with_those_that_are() -> None:
     assert all(name in answer.output for name in comparison.COMPARISONS)
     with pytest.raises(typer.BadParameter, match="sft; rlgaf; frozen reward model; gad"):
         comparison.COMPARISONS["quickstart"].entry("ppo")
+
+
+def test_no_share_of_what_sft_makes_no_better() -> None:
+    def rows(base: float, best: float) -> list[dict[str, object]]:
+        return [
+            {
+                "test": {
+                    "base": {"c2st": base, "nll": 4.0, "chrf": 9.0},
+                    "best": {"c2st": best, "nll": 4.1, "chrf": 9.0},
+                }
+            }
+        ]
+
+    found = {"sft": rows(0.9, 0.7), "rlgaf": rows(0.9, 0.8)}
+    assert comparison.gap_lines(found) == {"rlgaf": "of the way from the base to sft in C2ST 50%"}
