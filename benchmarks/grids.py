@@ -5,6 +5,7 @@ Settings stand over `examples/known_modes/known-modes.toml`. Candidates are all 
 for every method of a grid, chosen among by the selection split, every one of them kept.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.known_modes.artefacts import GUARD_OFF
@@ -40,6 +41,13 @@ DEFAULT = Grid(
 OFTEN = {"evaluation.every": 15, "evaluation.prompts": 512}
 """Monitors look at evaluations; these come often enough to see a collapse begin."""
 
+FROZEN_JUDGE: dict[str, Any] = {
+    "discriminator.frozen": True,
+    "discriminator.warmup_max_steps": 500,
+    "discriminator.warmup_accuracy": 1.0,
+    "discriminator.warmup_patience": 5,
+}
+"""As good a judge as held-out demonstrations allow, and then no further one."""
 FORMS = ("neg_log_one_minus_d", "prob", "logit", "log_d", "bradley_terry", "relativistic")
 REWARDS = Grid(
     "rewards",
@@ -61,6 +69,38 @@ REWARDS = Grid(
             },
         ),
     ),
+)
+
+EARLY: dict[str, Any] = OFTEN | {
+    "run.steps": 120,
+    "learner.schedule_steps": 300,
+    "evaluation.look_every": 5,
+    "evaluation.test_prompts": 512,
+}
+"""The beginning of a run, where modes are lost, seen closely."""
+ALARMS = Grid(
+    "alarms",
+    "Does an alarm come before a mode is lost? The first 120 of 300 steps, on seeds that set no bound.",
+    (
+        REFERENCE,
+        *(Cell(f"{name}, sequence", EARLY | _form(name)) for name in FORMS),
+        *(
+            Cell(f"{name}, per token", EARLY | _form(name) | PER_TOKEN)
+            for name in ("neg_log_one_minus_d", "prob", "log_d")
+        ),
+        Cell("logit, per token, gamma 1", EARLY | _form("logit") | PER_TOKEN | {"learner.gamma": 1.0}),
+        Cell("frozen, KL 0.05", EARLY | FROZEN_JUDGE | {"learner.kl_coef": 0.05}),
+        Cell(
+            "Gumbel-Softmax alone, tau 1",
+            EARLY
+            | {
+                "learner.gumbel.weight": 1.0,
+                "learner.gumbel.policy_gradient_weight": 0.0,
+                "learner.gumbel.schedule": "constant",
+            },
+        ),
+    ),
+    seeds=(3, 4, 5),
 )
 
 FINE = {"evaluation.every": 25}
@@ -204,17 +244,7 @@ FROZEN = Grid(
         REFERENCE,
         Cell("co-trained", OFTEN),
         *(
-            Cell(
-                f"frozen, KL {kl:g}",
-                OFTEN
-                | {
-                    "discriminator.frozen": True,
-                    "discriminator.warmup_max_steps": 500,
-                    "discriminator.warmup_accuracy": 1.0,
-                    "discriminator.warmup_patience": 5,
-                    "learner.kl_coef": kl,
-                },
-            )
+            Cell(f"frozen, KL {kl:g}", OFTEN | FROZEN_JUDGE | {"learner.kl_coef": kl})
             for kl in (0.01, 0.05, 0.2)
         ),
     ),
@@ -229,6 +259,7 @@ NULL = Grid(
         Cell("the base and fresh sentences of its own", NULL_MEASURES, data=FROM_BASE, kind="reference"),
         Cell("demonstrations from the base", NULL_MEASURES, data=FROM_BASE),
         Cell("… and health.pause_policy", NULL_MEASURES | PAUSES, data=FROM_BASE),
+        Cell("8,192 of them", NULL_MEASURES, data=replace(FROM_BASE, train=8192)),
     ),
 )
 
@@ -256,5 +287,8 @@ GUMBEL = Grid(
     ),
 )
 
-GRIDS = {grid.name: grid for grid in (DEFAULT, REWARDS, ARTEFACTS, DEMONSTRATIONS, FEW, FROZEN, NULL, GUMBEL)}
+GRIDS = {
+    grid.name: grid
+    for grid in (DEFAULT, REWARDS, ALARMS, ARTEFACTS, DEMONSTRATIONS, FEW, FROZEN, NULL, GUMBEL)
+}
 """Every grid by name."""

@@ -218,6 +218,11 @@ class PolicyLearner:
         flat = self._logprobs(self.trainable.engine, self._batches(samples.groups), samples.tokens)
         return np.split(flat.numpy(), samples.offsets[1:-1].numpy())
 
+    def response_nll(self, table: pa.Table) -> np.ndarray:
+        """Negative log-likelihood of every response under the current weights, nats: float64 [rows]; the same
+        on every rank, and read from the same columns."""
+        return np.array([-row.sum(dtype=np.float64) for row in self.response_logprobs(table)])
+
     def save(self, folder: Path | str) -> None:
         """Everything needed to continue exactly; all ranks together."""
         folder = Path(folder)

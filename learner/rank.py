@@ -129,12 +129,11 @@ class LearnerRank:
         except WeightSyncError as error:
             return _failed(error)
 
-    def mean_nll(self, table: "ray.ObjectRef[pa.Table]") -> float:
-        """Mean negative log-likelihood, nats per token, of the responses in a table of prompt_ids,
-        response_ids.
+    def response_nll(self, table: "ray.ObjectRef[pa.Table]") -> np.ndarray:
+        """Negative log-likelihood, nats, of each response in a table of prompt_ids, response_ids: float64
+        [rows].
         """
-        rows = self.learner.response_logprobs(ray.get(table))
-        return -float(np.concatenate(rows).mean())
+        return self.learner.response_nll(ray.get(table))
 
     def save(self, folder: str) -> None:
         """Write the learner's part of a checkpoint."""

@@ -2,7 +2,12 @@
 likelihood. Read only, but for the baseline `sft`, which trains on those of the training split.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from discriminator.canonical import normalise
 from discriminator.config import CanonicalConfig
@@ -29,6 +34,24 @@ def human_answers(
             "response_ids": pa.array(responses, pa.list_(pa.int32())),
         }
     )
+
+
+@dataclass(frozen=True)
+class HumanNLL:
+    """How unlikely human answers are to a policy: negative log-likelihoods, nats."""
+
+    per_token: float
+    """Mean over all tokens."""
+    tail: float
+    """Mean over the least likely tenth of the answers, per answer. A policy that drops some of the humans'
+    ways to answer makes these unlikely first, while the mean over all may still fall."""
+
+    @classmethod
+    def of(cls, nll: NDArray[np.float64], answers: pa.Table) -> "HumanNLL":
+        """From the nats of each of `human_answers`."""
+        tokens = pc.sum(pc.list_value_length(answers["response_ids"])).as_py()
+        tail = np.sort(nll)[-max(1, len(nll) // 10) :]
+        return cls(per_token=float(nll.sum() / tokens), tail=float(tail.mean()))
 
 
 def _spelled(text: str, canonical: CanonicalConfig) -> str:

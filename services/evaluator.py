@@ -70,7 +70,9 @@ class Evaluator:
             self._embed(),
             seed=self.config.evaluation.seed,
         )
-        nll = await self.system.human_nll(split, prompts)
+        human = await self.system.human_nll(split, prompts)
+        self.monitors["nll_tail"] = human.tail
+        nll = human.per_token
         row = await self._with_extra(await self._measure(texts, nll), texts, "model", nll, split, prompts)
         self.curve.append((step, row))
         write_samples(
@@ -82,6 +84,11 @@ class Evaluator:
             await self._keep_best(step, selection_key(row))
         shown = texts.slice(0, self.config.evaluation.shown_samples)
         return row, shown.select(["prompt", "human", "model"]).to_pylist()
+
+    async def look(self) -> dict[str, float]:
+        """The monitor of selection answers' likelihood alone: a forward pass, without samples."""
+        split, prompts = self.system.splits.selection, self.config.evaluation.prompts
+        return {"nll_tail": (await self.system.human_nll(split, prompts)).tail}
 
     async def finish(self, step: int) -> dict[str, Row]:
         """The closing table's rows on test prompts: base, best, last, human."""
@@ -180,7 +187,7 @@ class Evaluator:
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
         texts, _ = await self._draw(split, prompts, step)
         pq.write_table(texts, file)
-        return await self.system.human_nll(split, prompts)
+        return (await self.system.human_nll(split, prompts)).per_token
 
     async def _draw(self, split: pa.Table, prompts: int, step: int) -> tuple[pa.Table, pa.Table]:
         """TEXTS, one row per human answer and sample; and the samples as trajectories."""

@@ -20,7 +20,7 @@ from learner.trainer import GroupPlan, TrainerGroup
 from rollout.data import DataSplits
 from rollout.prompts import evaluation_requests
 from rollout.templates import Renderer
-from services.answers import first_prompts, human_answers
+from services.answers import HumanNLL, first_prompts, human_answers
 from services.config import Config
 from services.fleet import FleetError, RolloutFleet
 from services.plan import ResourcePlan
@@ -158,12 +158,13 @@ class PolicySide:
         sampling = self.config.evaluation_sampling
         return await self._asked(lambda: self.fleet.sample(requests, sampling, self.policy_version))
 
-    async def human_nll(self, split: pa.Table, prompts: int) -> float:
-        """Mean NLL of the human answers to the same prompts under the learner's policy, nats per token."""
+    async def human_nll(self, split: pa.Table, prompts: int) -> HumanNLL:
+        """How unlikely the human answers to the same prompts are to the learner's policy."""
         limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
         table = human_answers(first_prompts(split, prompts), self.renderer, limit, canonical)
         timeout = self.config.learner.step_timeout_s
-        return (await self.learner.call("mean_nll", timeout_s=timeout, table=ray.put(table)))[0]
+        nll = (await self.learner.call("response_nll", timeout_s=timeout, table=ray.put(table)))[0]
+        return HumanNLL.of(nll, table)
 
     async def export(self, folder: Path) -> None:
         """Write the policy as a plain Hugging Face folder."""

@@ -199,9 +199,12 @@ class RunLife:
             await self.system.export_discriminator(self.config.folder / "discriminator")
 
     async def _after_step(self, step: int) -> None:
-        run = self.config.run
-        if step % self.config.evaluation.every == 0 or self.controller.finished:
+        run, evaluation = self.config.run, self.config.evaluation
+        if step % evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
+        elif evaluation.look_every and step % evaluation.look_every == 0:
+            with self.controller.timer("look"):
+                self.row["monitor"] = await self.evaluator.look()
         self._record(step)
         if run.checkpoint_every and step % run.checkpoint_every == 0:
             await self._save()

@@ -40,6 +40,8 @@ class Data:
     seed: int | None = 0
     """Of the sentences; None: the run's, so that seeds differ in their demonstrations too."""
     heldout: int = 512
+    train: int = 2048
+    """Training demonstrations; `data.max_demonstrations` takes fewer of them."""
     plant: str = ""
     """Artefact planted in training and held-out demonstrations (`benchmarks.known_modes.artefacts`)."""
 
@@ -125,7 +127,7 @@ class Task:
             "example": tomllib.loads(CONFIG.read_text()),
             "settings": self.settings,
             "method": cell.method,
-            "data": vars(cell.data),
+            "data": {k: v for k, v in vars(cell.data).items() if k != "train" or v != Data.train},
             "kind": cell.kind,
             "guard": cell.guard,
             "base": dict(base_facts),

@@ -13,7 +13,7 @@ from examples.known_modes.make import write_demonstrations
 from rollout.data import prompt_id, split_of
 from services.config import load
 
-TRAIN, SELECTION, TEST = 2048, 1024, 4096
+SELECTION, TEST = 1024, 4096
 LONG = Distribution(EXPERT.modes, (0.0, 0.05, 0.15, 0.35, 0.45), EXPERT.slots, EXPERT.trailing)
 """The expert with 5.2 slots in the mean instead of 4, 30 % more."""
 TARGETS = {"expert": EXPERT, "base": BASE, "long": EXPERT}
@@ -21,10 +21,10 @@ TARGETS = {"expert": EXPERT, "base": BASE, "long": EXPERT}
 
 
 def write_data(path: Path, data: Data, seed: int) -> None:
-    """Write `path` (JSON lines) with 2,048 training, `data.heldout` held-out, 1,024 selection and 4,096 test
-    demonstrations; the run takes fewer training ones with `data.max_demonstrations`."""
+    """Write `path` (JSON lines): training and held-out demonstrations as `data` says, 1,024 of the selection
+    split and 4,096 of the test split."""
     settings = load(CONFIG).data
-    sizes = {"train": TRAIN, "heldout": data.heldout, "selection": SELECTION, "test": TEST}
+    sizes = {"train": data.train, "heldout": data.heldout, "selection": SELECTION, "test": TEST}
     drawn = seed if data.seed is None else data.seed
     write_demonstrations(path, sizes, "base" if data.source == "base" else "expert", drawn, settings)
     if data.source != "long" and not data.plant:

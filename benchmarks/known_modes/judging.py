@@ -36,7 +36,7 @@ class Judge(Evaluator):
         from the base: E log policy − log base over its own responses."""
         split, prompts = self.system.splits.test, self.config.evaluation.test_prompts
         texts, responses = await self._draw(split, prompts, step)
-        nll = await self.system.human_nll(split, prompts)
+        nll = (await self.system.human_nll(split, prompts)).per_token
         row = await self._with_extra(await self._measure(texts, nll), texts, "model", nll, split, prompts)
         if self.plant is not None:
             row["artefact_rate"] = artefact_rate(self.plant, responses)

@@ -9,6 +9,8 @@ from examples.known_modes.language import MODES, Distribution, Sentence, parse_t
 from examples.known_modes.measures import mode_frequencies, mode_tv
 from services.evaluation.monitors import mode_monitors
 
+WINDOW = 8
+"""Steps that its frequency is taken over."""
 GONE = 0.05
 """A mode is gone when it has less than this share of its mass."""
 
@@ -16,7 +18,7 @@ GONE = 0.05
 class ModeWindow:
     """Frequencies of modes over the responses of the last `steps` steps."""
 
-    def __init__(self, target: Distribution, steps: int = 8) -> None:
+    def __init__(self, target: Distribution, steps: int = WINDOW) -> None:
         self.target = target
         self._recent: deque[np.ndarray] = deque(maxlen=steps)
 

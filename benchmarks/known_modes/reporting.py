@@ -15,7 +15,9 @@ from benchmarks.known_modes.tables import (
     alarm_lead,
     alarm_line,
     alarm_step,
+    alarm_table,
     copy_ratio,
+    first_gone,
     lost_step,
     reference_table,
     tuning_table,
@@ -66,6 +68,10 @@ def grid_section(grid: Grid, assets: Path, results: Path, figures: Path) -> str:
         parts.append(results_table([*trained, *whole], MEASURES + EXTRA.get(grid.name, ())))
         if alarm_lead in [of for _, of, _ in EXTRA.get(grid.name, ())]:
             parts.append(alarm_line([result for _, found in trained for result in found]))
+        if grid.name == "alarms":
+            runs = [result for _, found in trained for result in found]
+            parts += ["When alarms came in runs that lost a mode for good, and in how many of the others:"]
+            parts.append(alarm_table(runs, ALARMS))
         for name, found in trained:
             parts.append(agreement_line(found, dict(whole).get(full_system.title(name), [])))
     audits = [(name, found[0]) for name, found in lines if found and kinds[name] == "audit"]
@@ -120,8 +126,14 @@ COLLAPSE: tuple[Column, ...] = (
     ("first alarm ahead of it by", alarm_lead, 0),
     ("mode_collapse on the known modes", alarm_step("mode_collapse", "known_alarms"), 0),
 )
+ALARMS = ("mode_dropping", "mode_collapse", "overconfidence")
 EXTRA: dict[str, tuple[Column, ...]] = {
     "rewards": COLLAPSE,
+    "alarms": (
+        ("a mode gone from step", lost_step, 0),
+        ("first time", first_gone, 0),
+        *((f"alarm: {name}", alarm_step(name), 0) for name in ALARMS),
+    ),
     "frozen": COLLAPSE,
     "gumbel": (*COLLAPSE, ("repetition", lambda r: r["curve"][-1].get("monitor/repetition"), 3)),
     "artefacts": (

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -26,7 +25,7 @@ from rollout.data import DataSplits
 from rollout.engine import decoder
 from rollout.prompts import PromptSource, evaluation_requests
 from rollout.templates import Renderer
-from services.answers import first_prompts, human_answers
+from services.answers import HumanNLL, first_prompts, human_answers
 from services.budget import response_tokens
 from services.config import Config, ConfigError
 from services.plan import resource_plan
@@ -106,10 +105,10 @@ class OneProcessPolicy(PolicySide):
         )
         return self.sampler(requests, version=self.policy_version, temperature=temperature)
 
-    async def human_nll(self, split: pa.Table, prompts: int) -> float:
+    async def human_nll(self, split: pa.Table, prompts: int) -> HumanNLL:
         limit, canonical = self.config.sampling.max_tokens, self.config.discriminator.canonical
         table = human_answers(first_prompts(split, prompts), self.renderer, limit, canonical)
-        return -float(np.concatenate(self.policy.response_logprobs(table)).mean())
+        return HumanNLL.of(self.policy.response_nll(table), table)
 
     async def export(self, folder: Path) -> None:
         self.policy.export(folder)

@@ -6,6 +6,7 @@ from math import isnan, nan
 from statistics import mean
 from typing import Any
 
+from benchmarks.known_modes.modes import WINDOW
 from benchmarks.lines import Column, Value, of_test, results_table
 from benchmarks.store import Result
 from services.report import markdown_table
@@ -37,6 +38,12 @@ def alarm_step(name: str, kind: str = "alarms") -> Value:
     return lambda result: next((a["step"] for a in result.get(kind, []) if a["name"] == name), None)
 
 
+def first_gone(result: Result) -> float | None:
+    """The first recorded step at which some mode of the target is gone, for good or for a while."""
+    full = (row for row in result.get("steps", []) if row["step"] > WINDOW)
+    return next((row["step"] for row in full if row.get("gone")), None)
+
+
 def alarm_lead(result: Result) -> float | None:
     """Steps from the first alarm of a collapse to the loss of a mode, below 0 where the alarm was late (None:
     one of the two did not come)."""
@@ -57,6 +64,39 @@ MEASURES: tuple[Column, ...] = (
     ("chosen step", lambda result: result.get("best_step"), 0),
     ("mode TV, last step", of_test("mode_tv", "last"), 3),
 )
+
+
+def alarm_table(results: Sequence[Result], names: Sequence[str]) -> str:
+    """One line an alarm: when it came in the runs that lost a mode for good, and what it said in the others;
+    empty without results."""
+    lost = [r for r in results if lost_step(r) is not None]
+    kept = [r for r in results if lost_step(r) is None]
+    rows = []
+    for name in names:
+        raised = [(alarm_step(name)(r), lost_step(r)) for r in lost]
+        lead = [gone - step for step, gone in raised if step is not None and gone is not None]
+        calls = [first_gone(r) is not None for r in kept if alarm_step(name)(r) is not None]
+        rows.append(
+            (
+                name,
+                *map(str, (sum(n > 0 for n in lead), lead.count(0), sum(n < 0 for n in lead))),
+                str(len(lost) - len(lead)),
+                f"{mean(lead):.0f}" if lead else "-",
+                *map(str, (sum(calls), len(calls) - sum(calls))),
+            )
+        )
+    waned = sum(first_gone(r) is not None for r in kept)
+    names_of = (
+        "alarm",
+        f"before it, of {len(lost)}",
+        "at the same step",
+        "later",
+        "never",
+        "steps ahead, mean",
+        f"mode gone for a while, of {waned}",
+        f"no mode gone, of {len(kept) - waned}",
+    )
+    return markdown_table(names_of, rows) if results else ""
 
 
 def alarm_line(results: Sequence[Result]) -> str:

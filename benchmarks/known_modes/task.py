@@ -36,7 +36,7 @@ def carry_out(task: Task, assets: Path) -> Result:
             "settings": task.settings,
             "chosen": dict(task.chosen),
             "data": asdict(task.cell.data),
-            "demonstrations": config.data.max_demonstrations or 2048,
+            "demonstrations": config.data.max_demonstrations or task.cell.data.train,
         }
         run = Run(
             config,

@@ -159,8 +159,11 @@ class Run:
         outcome.test["best"] = await judge.test_row(outcome.best_step)
 
     async def _after_step(self, step: int) -> None:
-        if step % self.config.evaluation.every == 0 or self.controller.finished:
+        evaluation = self.config.evaluation
+        if step % evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
+        elif evaluation.look_every and step % evaluation.look_every == 0:
+            self.row["monitor"] = await self.judge.look()
         self._record(step)
 
     async def _evaluate(self, step: int) -> None:

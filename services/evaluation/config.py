@@ -14,6 +14,10 @@ class EvaluationConfig(Section):
     every: PositiveInt = 20
     """Steps between two evaluations on the selection split (the first is before step 1)."""
 
+    look_every: PositiveInt | None = None
+    """Steps between two looks at the likelihood of the selection prompts' human answers, on which the alarm
+    `mode_dropping` rests (none: evaluations look). A look is a forward pass over them; nothing is sampled."""
+
     prompts: Annotated[int, Field(ge=8)] = 200
     """Selection prompts an evaluation reads (all of them when the split is smaller)."""
 

@@ -100,9 +100,13 @@ class SupervisedController:
             return {}
         with self.timer("check"):
             nll = await self.system.human_nll(self.system.splits.selection, self.config.evaluation.prompts)
-            if self.early.observe(self.step, -nll):
+            if self.early.observe(self.step, -nll.per_token):
                 await self.system.keep()
-        return {"nll": nll, "best_nll": -self.early.best, "looks_without_improvement": self.early.looks}
+        return {
+            "nll": nll.per_token,
+            "best_nll": -self.early.best,
+            "looks_without_improvement": self.early.looks,
+        }
 
     async def restore(self) -> None:
         """Go back to the best weights."""

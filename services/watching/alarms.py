@@ -49,6 +49,8 @@ class AlarmBounds:
     modes_lost: float = 0.1
     """Modes have collapsed when human answers of this share lie in modes that the policy has lost since it
     covered most."""
+    tail_rise: float = 0.035
+    """Share by which the human answers that are least likely may cost more than they did at best."""
     distinct_share: float = 0.5
     """Diversity has collapsed when the policy's distinct-2 falls below this share of the humans' (of the
     base's, where that is less)."""
@@ -175,6 +177,18 @@ def mode_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
     return None
 
 
+def mode_dropping(rows: Rows, bounds: AlarmBounds) -> str | None:
+    """`monitor/nll_tail`: the human answers that are least likely to the policy have become less likely
+    still, as those of a mode do that it is about to lose. It is no matter of samples, so it shows early."""
+    tail = [float(row["monitor/nll_tail"]) for row in rows if row.get("monitor/nll_tail") is not None]
+    if tail and tail[-1] > min(tail) * (1 + bounds.tail_rise):
+        return (
+            f"the human answers that are least likely (a tenth) cost {tail[-1]:.4g} nats each, at best "
+            f"{min(tail):.4g}"
+        )
+    return None
+
+
 def distinct_collapse(rows: Rows, bounds: AlarmBounds) -> str | None:
     """`monitor/distinct_2_share`: the policy's answers share more of their bigrams than the humans' do."""
     share, bound = _beside_humans(rows, "monitor/distinct_2_share", bounds.distinct_share)
@@ -261,6 +275,7 @@ CHECKS: dict[str, Callable[[Rows, AlarmBounds], str | None]] = {
         overconfidence,
         truncation,
         mode_collapse,
+        mode_dropping,
         distinct_collapse,
         self_bleu_collapse,
         repetition,

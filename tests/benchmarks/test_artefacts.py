@@ -83,6 +83,9 @@ def test_artefacts_are_planted_in_training_and_heldout_demonstrations_only(tmp_p
     slots = [len(parse_text(text).slots) for text in long["train"]]
     assert np.mean(slots) == pytest.approx(1.3 * EXPERT.mean_length, abs=0.1)
     assert LONG.mean_length == pytest.approx(1.3 * EXPERT.mean_length)
+    write_data(longer, Data(train=2560), seed=3)
+    more = splits_of(longer)
+    assert (len(more["train"]), len(more["heldout"])) == (2560, 512)
     write_data(planted, Data(seed=None), seed=4)
     write_data(clean, Data(seed=4), seed=9)
     assert planted.read_bytes() == clean.read_bytes()

@@ -11,7 +11,16 @@ from benchmarks.figures import by_number, chart, over_steps
 from benchmarks.known_modes import planning
 from benchmarks.known_modes.cells import Cell, Grid
 from benchmarks.known_modes.reporting import COMMAND, PART, write_report
-from benchmarks.known_modes.tables import MEASURES, alarm_lead, alarm_line, alarm_step, copy_ratio, lost_step
+from benchmarks.known_modes.tables import (
+    MEASURES,
+    alarm_lead,
+    alarm_line,
+    alarm_step,
+    alarm_table,
+    copy_ratio,
+    first_gone,
+    lost_step,
+)
 from benchmarks.lines import results_table, spread
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +84,23 @@ def test_when_modes_are_lost_for_good_and_when_the_alarm_came() -> None:
     assert said.endswith("before that in 1, at the same step in 0, later in 1, and never in 1.")
     assert alarm_line([kept]) == ""
     assert alarm_lead(result(0.1, steps=[{"step": 1, "gone": 0}])) is None
+
+
+def test_each_alarm_has_its_hits_and_its_false_calls() -> None:
+    def run(gone: list[int], **alarms: int) -> dict:
+        steps = [{"step": 5 * i + 10, "gone": n} for i, n in enumerate(gone)]
+        return {"steps": steps, "alarms": [{"name": name, "step": step} for name, step in alarms.items()]}
+
+    assert (first_gone(run([0, 1, 0])), first_gone(run([0]))) == (15, None)
+    assert first_gone({"steps": [{"step": 1, "gone": 3}]}) is None  # one batch is too few to tell
+    lost, back, whole = [0, 0, 1], [0, 1, 0], [0, 0, 0]
+    runs = [run(lost, early=10), run(lost, early=20), run(lost, early=25), run(lost)]
+    runs += [run(back, early=10), run(back), run(whole, early=10), run(whole), run(whole)]
+    row = alarm_table(runs, ["early"]).splitlines()[-1]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["early", *"1111", "2", "1", "1"]
+    head = alarm_table(runs, ["early"]).splitlines()[0]
+    assert all(said in head for said in ("of 4", "while, of 2", "gone, of 3"))
+    assert alarm_table([], ["early"]) == ""
 
 
 def test_figures_hold_the_range_of_the_seeds() -> None:

@@ -71,6 +71,7 @@ def configuration(
         enabled = false  # or the discriminator, which wins here, would pause
         [evaluation]
         every = 4
+        look_every = 2
         prompts = 16
         test_prompts = 16
         bootstrap = 100

@@ -153,6 +153,14 @@ def test_evaluations_are_in_the_metrics_of_their_steps(unbroken):
         assert f"{row['audit/length']:.3f} [" in length
 
 
+def test_looks_come_between_the_evaluations(unbroken):
+    """At the likelihood of human answers, which needs no samples; the base's is that of `best` at step 0."""
+    tail = {row["step"]: row["monitor/nll_tail"] for row in unbroken.metrics if "monitor/nll_tail" in row}
+    assert list(tail) == [0, 2, 4, 6, 8]
+    assert len(set(tail.values())) == 5, "the policy changes from look to look"
+    assert [row["step"] for row in unbroken.rows if "seconds/look" in row] == [3, 7]
+
+
 def test_synchronous_run_has_no_lag_and_balanced_accounts(unbroken):
     for row in unbroken.rows:
         assert row["lag/policy"] == row["lag/disc"] == {"0": PROMPTS * SAMPLES}

@@ -297,7 +297,9 @@ def test_masked_importance_sampling_leaves_tokens_out(tiny_model, uneven_table):
 
 
 def test_mean_nll_is_that_of_the_loaded_policy(tiny_model, uneven_table):
-    rows = learner_for(tiny_model).response_logprobs(uneven_table)
+    learner = learner_for(tiny_model)
+    rows = learner.response_logprobs(uneven_table)
+    assert learner.response_nll(uneven_table) == pytest.approx([-row.sum() for row in rows], rel=1e-5)
     policy = PolicyConfig(model=str(tiny_model), dtype="float32")
     actual = mean_nll(policy, LearnerConfig(**CPU), uneven_table)
     assert actual == pytest.approx(-np.concatenate(rows).mean(), rel=1e-5)

@@ -18,6 +18,7 @@ HEALTHY = {
     "monitor/copy_natural": 0.33,
     "monitor/copy_excess": -0.06,
     "monitor/recurrence": 0.1,
+    "monitor/nll_tail": 13.0,
 }
 EVERY = 5
 
@@ -58,6 +59,7 @@ COPYING = {"monitor/copy_rate": 0.55, "monitor/copy_excess": 0.08}
 CASES = [
     ("mode_collapse", [{}, {"monitor/mode_share": 0.5}], 0.1, 6, "0.50 of the humans'"),
     ("mode_collapse", [{}, {}, {"monitor/modes_lost": 0.15}], 0.1, 11, "15% of the human answers"),
+    ("mode_dropping", [{"monitor/nll_tail": nats} for nats in (13.8, 13.0, 13.5)], 0.1, 11, "at best 13"),
     ("distinct_collapse", [{}, {"monitor/distinct_2_share": 0.4}], 0.1, 6, "0.40 of the humans' (bound"),
     ("self_bleu_collapse", [{}, {"monitor/self_bleu_room": 0.3}], 0.1, 6, "is 0.30 of the humans'"),
     ("repetition", [{}, {"monitor/repetition": 0.4}], 0.1, 6, "40% of the tokens"),
@@ -105,10 +107,19 @@ def test_each_monitor_raises_its_alarm_once(name, evaluations, spearman, step, t
         ([{"monitor/length_ratio": 0.5}] * 3, -0.6),
         ([{}, {"monitor/copy_rate": 0.4, "monitor/copy_excess": 0.01}], 0.1),
         ([{}, {"monitor/recurrence": 0.4}], 0.1),
+        # A policy that comes nearer to all of them, and one that wavers.
+        ([{"monitor/nll_tail": 16.0}, {"monitor/nll_tail": 14.0}], 0.1),
+        ([{}, {"monitor/nll_tail": 13.4}], 0.1),
     ],
 )
 def test_healthy_series_are_silent(evaluations, spearman) -> None:
     assert raised(series(*evaluations, spearman=spearman)).raised == []
+
+
+def test_mode_dropping_is_seen_between_evaluations() -> None:
+    rows = series({}, {})
+    rows[7]["monitor/nll_tail"] = 13.6
+    assert [(alarm.name, alarm.step) for alarm in raised(rows).raised] == [("mode_dropping", 8)]
 
 
 def test_bounds_can_be_moved() -> None:

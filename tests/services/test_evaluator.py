@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rollout.data import DEMONSTRATION_SCHEMA, DataSplits
+from services.answers import HumanNLL
 from services.config import load
 from services.evaluator import Evaluator
 
@@ -54,9 +55,9 @@ class Policy:
             {"prompt_id": split["prompt_id"], "response_text": [f"{self.weights}"] * split.num_rows}
         )
 
-    async def human_nll(self, split: pa.Table, prompts: int) -> float:
+    async def human_nll(self, split: pa.Table, prompts: int) -> HumanNLL:
         self.act()
-        return float(self.weights)
+        return HumanNLL(per_token=float(self.weights), tail=float(self.weights))
 
 
 def mortal_disk(policy: Policy, patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from rollout.data import DEMONSTRATION_SCHEMA, DataSplits
 from rollout.templates import Renderer, load_tokenizer
-from services.answers import TEXTS
+from services.answers import TEXTS, HumanNLL
 from services.config import Config, ConfigError, load
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
 from services.evaluator import Evaluator
@@ -145,8 +145,8 @@ def test_every_row_of_an_evaluation_gets_the_measures(tiny_model: Path, tmp_path
     async def export(folder: Path) -> None:
         folder.mkdir(parents=True)
 
-    async def nll(split: pa.Table, prompts: int) -> float:
-        return 2.0
+    async def nll(split: pa.Table, prompts: int) -> HumanNLL:
+        return HumanNLL(per_token=2.0, tail=9.0)
 
     async def sample(split: pa.Table, prompts: int, step: int) -> pa.Table:
         return pa.table({"prompt_id": split["prompt_id"], "response_text": pa.array(["the mat"] * 40)})

@@ -14,7 +14,7 @@ from discriminator.config import CanonicalConfig
 from rollout.config import DataConfig, PolicyConfig
 from rollout.data import load_data
 from rollout.templates import Renderer, load_tokenizer
-from services.answers import human_answers
+from services.answers import HumanNLL, human_answers
 from services.config import Config, load
 from services.supervised.controller import SupervisedController, examples_of
 
@@ -52,9 +52,9 @@ class Machine:
         self.weights += 1
         return [{"nll": 1.0, "tokens_response": 10.0}]
 
-    async def human_nll(self, split: pa.Table, prompts: int) -> float:
+    async def human_nll(self, split: pa.Table, prompts: int) -> HumanNLL:
         assert split is self.splits.selection
-        return self.likelihoods[self.weights]
+        return HumanNLL(per_token=self.likelihoods[self.weights], tail=0.0)
 
     async def keep(self) -> None:
         self.kept = self.weights
