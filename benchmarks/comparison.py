@@ -22,6 +22,7 @@ import typer
 from benchmarks import store
 from benchmarks.document import replace_part, write_whole
 from benchmarks.figures import Band, chart, over_steps
+from benchmarks.grids import BRAKES
 from benchmarks.lines import Column, Value, cost_line, of_test, results_table
 from benchmarks.run_folder import read_run
 from benchmarks.store import Result
@@ -104,14 +105,11 @@ WHOLE, PER_TOKEN, ABSORBING = (
     Entry("rlgaf, per token", "rlgaf", (0,), _options("token", "prob", "false")),
     Entry("rlgaf, per token, absorbing end", "rlgaf", (0,), _options("token", "prob", "true")),
 )
-BRAKES = (
-    *("--discriminator.weight_decay", "1.0", "--discriminator.warmup_patience", "3"),
-    *("--discriminator.token_dropout", "0.4", "--learner.kl_coef", "0.05"),
-)
-"""What was best with few demonstrations in the grid `few` (`benchmarks.grids`), where it was per token."""
+HELD_BACK = tuple(word for name, value in BRAKES.items() for word in (f"--{name}", str(value)))
+"""What was best with few demonstrations in the grid `few`, where it was per token."""
 HELD = (
-    Entry("rlgaf, per token, judge held back", "rlgaf", (0,), (*PER_TOKEN.options, *BRAKES)),
-    Entry("rlgaf, judge held back", "rlgaf", (0,), BRAKES),
+    Entry("rlgaf, per token, judge held back", "rlgaf", (0,), (*PER_TOKEN.options, *HELD_BACK)),
+    Entry("rlgaf, judge held back", "rlgaf", (0,), HELD_BACK),
 )
 QUICKSTART, DEBIAN = (Path("examples") / f"{name}.toml" for name in ("quickstart", "debian-synopses"))
 COMPARISONS = {

@@ -195,8 +195,13 @@ SFT_TOO: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sft, learning rate 3e-3, adapters of rank 4", {"learner.lr": 3e-3, "learner.lora.rank": 4}),
 )
 """What the same thoughts do for the opponent."""
+BRAKES: dict[str, Any] = NEAR | DROPPED | {
+    "discriminator.weight_decay": 1.0,
+    "discriminator.warmup_patience": 3,
+}
+"""What holds the judge back, with few demonstrations; `benchmarks.comparison` tries it on real text."""
 BOTH: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("B, KL .05 and token dropout .4 (C)", GENTLE | NEAR | DROPPED),
+    ("B, KL .05 and token dropout .4 (C)", PER_TOKEN | _form("prob") | BRAKES),
 )
 ALL: tuple[tuple[str, dict[str, Any]], ...] = (
     ("default", {}),
