@@ -195,10 +195,14 @@ SFT_TOO: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sft, learning rate 3e-3, adapters of rank 4", {"learner.lr": 3e-3, "learner.lora.rank": 4}),
 )
 """What the same thoughts do for the opponent."""
-BRAKES: dict[str, Any] = NEAR | DROPPED | {
-    "discriminator.weight_decay": 1.0,
-    "discriminator.warmup_patience": 3,
-}
+BRAKES: dict[str, Any] = (
+    NEAR
+    | DROPPED
+    | {
+        "discriminator.weight_decay": 1.0,
+        "discriminator.warmup_patience": 3,
+    }
+)
 """What holds the judge back, with few demonstrations; `benchmarks.comparison` tries it on real text."""
 BOTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("B, KL .05 and token dropout .4 (C)", PER_TOKEN | _form("prob") | BRAKES),
@@ -230,12 +234,17 @@ FEW = Grid(
     (
         REFERENCE,
         *(
-            Cell(f"{name}, N = {number}", _few(number) | FINE | settings, "sft", Data(seed=None))
+            Cell(f"{name}, N = {number}", _few(number) | FINE | settings, "sft", Data(seed=None), seeds=(0,))
             for number in (32, 128)
             for name, settings in SFT_TOO
         ),
         *(
-            Cell(f"{name}, N = {number}", _few(number) | FINE | settings, data=Data(seed=None))
+            Cell(
+                f"{name}, N = {number}",
+                _few(number) | FINE | settings,
+                data=Data(seed=None),
+                seeds=None if (name, settings) in BOTH else (0,),
+            )
             for number in NUMBERS
             for name, settings in (ALL if number < 512 else BOTH)
         ),

@@ -65,6 +65,8 @@ class Cell:
     """Folder of the assets that holds the base model."""
     guard: bool = True
     """Off: the discriminator reads both sides as they come, without the canonical path."""
+    seeds: tuple[int, ...] | None = None
+    """None: the grid's, or its first alone where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Grid:
             raise ValueError(
                 f"grid {self.name}: every method gets the same number of tuning runs, not {tuned}"
             )
+
+    def seeds_of(self, cell: Cell) -> tuple[int, ...]:
+        """Seeds that one of its cells runs with."""
+        if cell.seeds is not None:
+            return cell.seeds
+        return self.seeds if cell.kind == "train" else self.seeds[:1]
 
     def cell(self, name: str) -> Cell:
         """The cell of that name."""

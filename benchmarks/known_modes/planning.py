@@ -31,7 +31,7 @@ def base_facts(assets: Path, base: str) -> dict[str, Any]:
 
 
 def narrowed(grid: Grid, seeds: str, only: str) -> Grid:
-    """The part of a grid that was asked for.
+    """The part of a grid that was asked for. What trains nothing runs with its own seed or not at all.
 
     Raises:
         ValueError: no cell is left, or a seed is no number.
@@ -39,8 +39,15 @@ def narrowed(grid: Grid, seeds: str, only: str) -> Grid:
     cells = tuple(cell for cell in grid.cells if only in cell.name)
     if not cells:
         raise ValueError(f"no cell of {grid.name} contains {only!r}: {'; '.join(c.name for c in grid.cells)}")
-    chosen = tuple(int(seed) for seed in seeds.split(",")) if seeds else grid.seeds
-    return replace(grid, cells=cells, seeds=chosen)
+    if seeds:
+        chosen = tuple(int(seed) for seed in seeds.split(","))
+        cells = tuple(
+            replace(cell, seeds=chosen)
+            if cell.kind == "train"
+            else replace(cell, seeds=tuple(seed for seed in grid.seeds_of(cell) if seed in chosen))
+            for cell in cells
+        )
+    return replace(grid, cells=cells)
 
 
 def bases(grid: Grid, assets: Path) -> Facts:
@@ -70,7 +77,7 @@ def finals(grid: Grid, facts: Facts, results: Path) -> list[Task]:
     return [
         Task(grid.name, cell, seed, chosen=_chosen(grid, cell, facts, results))
         for cell in grid.cells
-        for seed in (grid.seeds if cell.kind == "train" else grid.seeds[:1])
+        for seed in grid.seeds_of(cell)
     ]
 
 
@@ -97,7 +104,7 @@ def _chosen(grid: Grid, cell: Cell, facts: Facts, results: Path) -> Settings:
 
 def progress(grid: Grid, assets: Path, results: Path) -> tuple[int, int]:
     """Runs that are there, and all runs of the grid."""
-    total = len(tuning(grid)) + sum(len(grid.seeds) if c.kind == "train" else 1 for c in grid.cells)
+    total = len(tuning(grid)) + sum(len(grid.seeds_of(cell)) for cell in grid.cells)
     try:
         facts = bases(grid, assets)
         tasks = tuning(grid)

@@ -112,7 +112,12 @@ def test_tuning_takes_the_best_on_the_selection_split(tmp_path: Path) -> None:
 def test_parts_of_a_grid(tmp_path: Path) -> None:
     grid = planning.narrowed(GRIDS["demonstrations"], "4,5", "sft")
     assert [cell.method for cell in grid.cells] == ["sft"] * 4
-    assert grid.seeds == (4, 5)
+    assert [grid.seeds_of(cell) for cell in grid.cells] == [(4, 5)] * 4
+    cells = (Cell("a"), Cell("b", kind="reference"), Cell("c", seeds=(0,)))
+    few = Grid("g", "", cells, seeds=(0, 1))
+    for asked, runs in {"": "a0 a1 b0 c0", "1": "a1 c1", "0": "a0 b0 c0"}.items():
+        tasks = planning.finals(planning.narrowed(few, asked, ""), FACTS, tmp_path)
+        assert " ".join(f"{task.cell.name}{task.seed}" for task in tasks) == runs
     with pytest.raises(ValueError, match="no cell of default contains 'nothing'"):
         planning.narrowed(GRIDS["default"], "", "nothing")
     with pytest.raises(FileNotFoundError, match="--form merged --split"):
