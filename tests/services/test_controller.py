@@ -1,164 +1,17 @@
-"""The controller's loop and clocks against a small in-memory system: bounds, overlap, accounts, state.
-
-The system stands in for the processes, not for the controller: it samples with the weights it holds, stamps
-what it made with their versions, refuses prompts for weights it does not have yet, and writes down what
-happened when.
-"""
+"""The controller's loop and clocks against a small in-memory system: bounds, overlap, accounts, metrics."""
 
 import asyncio
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from machine import PROMPTS, SAMPLES, TICK, Machine, configuration, drive, stop_after
 
-from rollout.data import prompt_id
-from rollout.prompts import PromptSource
-from rollout.trajectory import TRAJECTORY_SCHEMA, trajectories, trajectory_id
-from services.config import Config, load
+from rollout.trajectory import TRAJECTORY_SCHEMA
 from services.controller import Controller
-
-PROMPTS, SAMPLES = 3, 2
-TICK = 0.002
-
-Event = tuple[str, int]
-
-
-def configuration(**run: Any) -> Config:
-    overrides = [f"--run.{name}={str(value).lower()}" for name, value in run.items()]
-    return load(
-        None,
-        [
-            "--policy.model=m",
-            "--data.demonstrations=d",
-            f"--run.prompts_per_step={PROMPTS}",
-            f"--sampling.group_size={SAMPLES}",
-            *overrides,
-        ],
-    )
-
-
-class Machine:
-    """Policy weights, discriminator and prompts of a run in one process; every answer takes some ticks."""
-
-    def __init__(self, *, generating: int = 2, learning: int = 4, judging: int = 3) -> None:
-        texts = [f"prompt {i}" for i in range(20)]
-        table = pa.table({"prompt_id": [prompt_id(t) for t in texts], "prompt_text": texts})
-        self.prompts = PromptSource(table, lambda text: list(text.encode()), SAMPLES, seed=1)
-        self.ticks = {"generate": generating, "learn": learning, "discriminate": judging}
-        self.serving = 0
-        self.disc_version = 0
-        self.replacements = self.sync_failures = 0
-        self.resident = {"rollout": 300.0, "scoring": 200.0}
-        self.learned = 0
-        self.events: list[Event] = []
-        self.scored: list[tuple[int, int]] = []
-        self.trained: list[pa.Table] = []
-        self.judged: list[int] = []
-        self.aged: dict[str, int] = {}
-        """Groups that come back that many versions older than they are."""
-        self.breaks: int | None = None
-        """Step whose generation fails."""
-
-    async def _busy(self, what: str, step: int) -> None:
-        self.events.append((f"{what} begins", step))
-        for _ in range(self.ticks[what]):
-            await asyncio.sleep(TICK)
-        self.events.append((f"{what} ends", step))
-
-    async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
-        step = requests["step"][0].as_py()
-        assert self.serving >= min_version, (
-            f"step {step} asked for version {min_version}, {self.serving} is served"
-        )
-        oldest = self.serving
-        await self._busy("generate", step)
-        if step == self.breaks:
-            raise ConnectionError("worker gone")
-        rows = []
-        for request in requests.to_pylist():
-            for sample in range(request["n"]):
-                age = self.aged.get(request["group_id"], 0) if sample == 0 else 0
-                rows.append(
-                    {
-                        **{
-                            name: request[name]
-                            for name in ("group_id", "prompt_id", "step", "prompt_text", "prompt_ids")
-                        },
-                        "trajectory_id": trajectory_id(request["group_id"], sample),
-                        "sample": sample,
-                        "response_ids": [7, 8, sample],
-                        "response_logprobs": [-1.0, -1.0, -1.0],
-                        "response_text": "abc",
-                        "token_ends": [1, 2, 3],
-                        "finish_reason": "stop",
-                        "policy_version": oldest - age,
-                        "policy_version_end": self.serving,
-                        "worker": 0,
-                    }
-                )
-        return trajectories(rows)
-
-    async def score(self, batch: pa.Table, version: int) -> list[dict[str, Any]]:
-        assert version <= self.disc_version, "a version that is not published yet"
-        self.scored.append((self.learned, version))
-        await asyncio.sleep(TICK)
-        scores = np.array([0.1, 0.2, float(version)], dtype=np.float32)
-        return [{"scores": scores, "spans": [(0, 1), (1, 2), (2, 3)]} for _ in range(batch.num_rows)]
-
-    async def reward_inputs(self, batch: pa.Table, version: int) -> dict[str, list[float]]:
-        return {}
-
-    async def learn(self, scored: pa.Table, step: int, lr_factor: float) -> list[dict[str, float]]:
-        assert lr_factor == 1.0
-        assert step == self.learned
-        self.trained.append(scored)
-        await self._busy("learn", step)
-        self.learned += 1
-        return [{"loss": float(step)}]
-
-    async def sync(self, version: int) -> dict[str, float]:
-        assert version == self.learned
-        await asyncio.sleep(TICK)
-        self.serving = version
-        self.events.append(("sync", version))
-        return {"wire_s": 0.0}
-
-    async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
-        self.judged.append(step)
-        await self._busy("discriminate", step)
-        self.disc_version = step + 1
-        return {"turn": float(step)}
-
-    def when(self, what: str, step: int) -> int:
-        """Position of an event in the order of events."""
-        return self.events.index((what, step))
-
-
-def drive(
-    machine: Machine,
-    config: Config,
-    *,
-    state: dict[str, Any] | None = None,
-    each: Callable[[Controller], None] | None = None,
-) -> tuple[Controller, dict[int, dict[str, Any]]]:
-    """Run a controller to its end; returns it and what it observed by step."""
-    observed: dict[int, dict[str, Any]] = {}
-    controller = Controller(config, machine, observed.__setitem__, lambda phase: None)  # type: ignore[arg-type]
-    if state is not None:
-        controller.load_state(state)
-
-    async def every_step(step: int) -> None:
-        assert step == controller.step
-        if each is not None:
-            each(controller)
-
-    asyncio.run(controller.run(every_step))
-    return controller, observed
-
 
 LAGS = [(p, d) for p in (0, 1, 2) for d in (0, 1, 2)]
 
@@ -311,79 +164,6 @@ def test_a_row_has_the_memory_of_every_kind_of_process():
     memory = observed[1]["memory_mib"]
     assert memory.pop("controller") > 10
     assert memory == {"rollout": 300.0, "scoring": 200.0}
-
-
-def stop_after(step: int) -> Callable[[Controller], None]:
-    def each(controller: Controller) -> None:
-        controller.stopping = controller.step >= step
-
-    return each
-
-
-@pytest.mark.parametrize("policy_lag", [0, 1, 2])
-def test_ctrl_c_ends_after_the_step_with_nothing_in_the_air(policy_lag):
-    machine = Machine(judging=9)
-    config = configuration(steps=9, max_policy_lag=policy_lag)
-    controller, observed = drive(machine, config, each=stop_after(3))
-    assert list(observed) == [1, 2, 3]
-    assert machine.learned == controller.step == 3
-    assert machine.disc_version == 3
-    accounts = controller.ledger.check()
-    assert accounts["in_flight"] == 0
-    assert accounts["trained"] == 3 * PROMPTS * SAMPLES
-    assert accounts["dropped"] == sum(controller.ledger.dropped.values()) <= policy_lag * PROMPTS * SAMPLES
-
-
-def asked(machine: Machine) -> list[tuple[str, str]]:
-    """(group, prompt) of everything trained, in order."""
-    return [
-        pair
-        for t in machine.trained
-        for pair in zip(t["group_id"].to_pylist(), t["prompt_id"].to_pylist(), strict=True)
-    ]
-
-
-def resumed_after(
-    stopped: Controller, old: Machine, config: Config, state: dict[str, Any]
-) -> tuple[Controller, Machine]:
-    """A new controller and a new machine that go on from a state that went through JSON."""
-    machine = Machine()
-    machine.serving = machine.learned = machine.disc_version = state["step"]
-    controller, _ = drive(machine, config, state=json.loads(json.dumps(state)))
-    assert controller.step == config.run.steps
-    return controller, machine
-
-
-@pytest.mark.parametrize("policy_lag", [0, 2])
-def test_a_resumed_run_trains_on_the_same_prompts(policy_lag):
-    """State taken between two steps, as a checkpoint does; what was asked for ahead is asked for again."""
-    config = configuration(steps=7, max_policy_lag=policy_lag)
-    whole = Machine()
-    states: dict[int, dict[str, Any]] = {}
-    unbroken, _ = drive(
-        whole, config, each=lambda c: states.__setitem__(c.step, json.loads(json.dumps(c.state())))
-    )
-    for step in (1, 3, 6):
-        controller, machine = resumed_after(unbroken, whole, config, states[step])
-        assert asked(machine) == asked(whole)[step * PROMPTS * SAMPLES :]
-        assert controller.ledger.check() == unbroken.ledger.check()
-        assert (
-            controller.timer.totals()["generate"]["tokens"] == unbroken.timer.totals()["generate"]["tokens"]
-        )
-
-
-@pytest.mark.parametrize("policy_lag", [0, 2])
-def test_a_run_stopped_with_ctrl_c_goes_on_with_the_prompts_it_had_not_trained_on(policy_lag):
-    config = configuration(steps=7, max_policy_lag=policy_lag)
-    whole = Machine()
-    drive(whole, config)
-    first = Machine()
-    stopped, _ = drive(first, config, each=stop_after(3))
-    controller, second = resumed_after(stopped, first, config, stopped.state())
-    assert asked(first) + asked(second) == asked(whole)
-    accounts = controller.ledger.check()
-    assert accounts["trained"] == 7 * PROMPTS * SAMPLES
-    assert accounts["in_flight"] == 0
 
 
 def test_discriminator_metrics_are_those_of_the_last_finished_turn():
