@@ -1,13 +1,12 @@
 """Two ranks, with weights sharded by ZeRO-3 too, do what one rank does, whatever the objective."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from discriminator_rank import all_trainers
 from judging import judged, small
+from two_ranks import run_two_ranks
 
 from discriminator.trainer import DiscriminatorTrainer
 
@@ -48,27 +47,8 @@ def test_two_ranks_equal_one(tiny_model: Path, tmp_path: Path) -> None:
         "trainers": trainers,
         "rollouts": rollouts,
         "demonstrations": demonstrations,
-        "out": str(tmp_path / "out.pt"),
     }
-    torch.save(job, tmp_path / "job.pt")
-    script = str(Path(__file__).with_name("discriminator_rank.py"))
-    ranks = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1",
-        }
-        env["PYTHONPATH"] = str(Path(__file__).parents[2])
-        command = [sys.executable, script, str(tmp_path / "job.pt"), str(rank), "2", str(tmp_path / "meet")]
-        ranks.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=400)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
-
-    results = torch.load(tmp_path / "out.pt", weights_only=False)
+    results = run_two_ranks(job, tmp_path, all_trainers)
     assert results.keys() == trainers.keys()
     for name, config in configs.items():
         single = DiscriminatorTrainer(config, str(tiny_model), seed=0)

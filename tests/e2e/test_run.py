@@ -69,28 +69,22 @@ def resumed(
 
 
 @pytest.fixture(scope="module")
+def lagging(launch: Launch) -> Finished:
+    """A run at lags of two that loses its rollout worker."""
+    return launch("lagging", LAGS, meanwhile=kill_a_rollout_worker)
+
+
+@pytest.fixture(scope="module")
 def broken_off(launch: Launch) -> Finished:
-    """A run that loses its rollout worker, and is told to stop after its last checkpoint, in the closing
-    evaluation."""
+    """Such a run that is told to stop after its last checkpoint, in the closing evaluation."""
 
     def stop(process: "subprocess.Popen[str]", folder: Path) -> None:
-        kill_a_rollout_worker(process, folder)
         last = folder / "checkpoints" / f"step-{int(LAGS['run.steps']):06d}" / "manifest.json"
         while process.poll() is None and not last.exists():
             time.sleep(0.05)
         process.terminate()
 
-    return launch("lagging", LAGS, meanwhile=stop)
-
-
-@pytest.fixture(scope="module")
-def lagging(launch: Launch, broken_off: Finished) -> Finished:
-    """The same run, brought to its end."""
-    assert not (broken_off.folder / "summary.json").exists()
-    rows = broken_off.metrics
-    resumed = launch("lagging", LAGS, resume=True)
-    assert resumed.metrics == rows, "a step was repeated"
-    return resumed
+    return launch("broken-off", LAGS, meanwhile=stop)
 
 
 def test_a_run_ends_well_and_leaves_no_process_behind(unbroken):
@@ -253,11 +247,16 @@ def is_clock(key: str) -> bool:
     return key == "time" or "seconds" in key or "memory" in key or key.endswith("_s")
 
 
-def test_a_signal_ends_the_closing_evaluation_and_a_resume_does_it(broken_off, lagging):
+@pytest.mark.slow  # two whole runs; Ctrl-C between steps is tested above
+def test_a_signal_ends_the_closing_evaluation_and_a_resume_does_it(broken_off, launch):
     assert broken_off.code == 130, broken_off.output[-3000:]
     assert broken_off.left == []
-    assert lagging.code == 0, lagging.output[-3000:]
-    assert lagging.summary["steps"] == int(LAGS["run.steps"])
+    assert not (broken_off.folder / "summary.json").exists()
+    rows = broken_off.metrics
+    resumed = launch("broken-off", LAGS, resume=True)
+    assert resumed.code == 0, resumed.output[-3000:]
+    assert resumed.metrics == rows, "a step was repeated"
+    assert resumed.summary["steps"] == int(LAGS["run.steps"])
 
 
 def test_lags_stay_in_bounds_and_accounts_balance(lagging):

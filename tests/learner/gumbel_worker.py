@@ -1,10 +1,8 @@
-"""One rank of a Gumbel-Softmax update with a linear judge: run as `python gumbel_worker.py JOB RANK WORLD
-RENDEZVOUS`; JOB as for `zero_worker.py`."""
+"""Gumbel-Softmax updates with a linear judge, also on two ranks (`two_ranks`); the job is as for
+`zero_worker.py`."""
 
-import sys
-
-import torch
 from linear_judge import LinearJudge
+from two_ranks import RANKS
 from zero_worker import whole_weights
 
 from learner.config import LearnerConfig
@@ -32,19 +30,8 @@ def gumbel_updates(model, table, **settings):
     return whole_weights(learner), metrics
 
 
-def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
-    )
-    job = torch.load(job_file, weights_only=False)
-    results = {
-        stage: gumbel_updates(job["model"], job["table"], zero_stage=stage, ranks=world, **job["settings"])
+def gumbel_stages(job):
+    return {
+        stage: gumbel_updates(job["model"], job["table"], zero_stage=stage, ranks=RANKS, **job["settings"])
         for stage in job["stages"]
     }
-    if rank == 0:
-        torch.save(results, job["out"])
-    torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,13 +1,11 @@
-"""One rank of a multi-process test: run as `python supervised_worker.py JOB RANK WORLD RENDEZVOUS`.
+"""Supervised updates on two ranks (`two_ranks`).
 
-JOB is a torch file with `model`, `table`, `stages`, `settings` and `out`. For each ZeRO stage the rank makes
-two supervised updates; it checks that a snapshot taken after the first comes back, and rank 0 saves weights
-and metrics.
+The job has `model`, `table`, `stages` and `settings`. For each ZeRO stage a rank makes two supervised
+updates, whose weights and metrics are the result; it checks that a snapshot taken after the first comes back.
 """
 
-import sys
-
 import torch
+from two_ranks import RANKS
 from zero_worker import whole_weights
 
 from learner.config import LearnerConfig
@@ -40,21 +38,11 @@ def check_snapshot(learner, table, metrics, weights, kept):
     assert all(torch.equal(again[name], tensor) for name, tensor in weights[0].items())
 
 
-def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
-    )
-    job = torch.load(job_file, weights_only=False)
+def supervised_stages(job):
     results = {}
     for stage in job["stages"]:
-        settings = job["settings"] | {"zero_stage": stage, "ranks": world}
+        settings = job["settings"] | {"zero_stage": stage, "ranks": RANKS}
         learner, metrics, weights, kept = two_supervised_updates(job["model"], job["table"], **settings)
         results[stage] = (weights[1], metrics)
         check_snapshot(learner, job["table"], metrics, weights, kept)
-    if rank == 0:
-        torch.save(results, job["out"])
-    torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    return results

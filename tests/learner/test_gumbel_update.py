@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from gumbel_worker import gumbel_learner, gumbel_updates, vocabulary_of
+from gumbel_worker import gumbel_learner, gumbel_stages, gumbel_updates, vocabulary_of
 from linear_judge import LinearJudge
 from pydantic import ValidationError
 from test_recipe_splits import COMMON, FEW, SPLIT, UNSPLIT, assert_same_updates
@@ -125,7 +125,7 @@ def test_two_ranks_change_nothing(tiny_model, judged_table, tmp_path):
     whole = gumbel_updates(tiny_model, judged_table, **settings, **UNSPLIT)
     assert 0 < whole[1][0]["gumbel_masked"] < 1
     job = {"model": str(tiny_model), "table": judged_table, "stages": [2], "settings": settings | FEW}
-    assert_same_updates(run_two_ranks(job, tmp_path, "gumbel_worker.py")[2], whole)
+    assert_same_updates(run_two_ranks(job, tmp_path, gumbel_stages)[2], whole)
 
 
 def test_a_reload_continues_exactly(tiny_model, judged_table, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from two_ranks import run_two_ranks
-from zero_worker import two_updates, whole_weights
+from zero_worker import two_updates, whole_weights, zero_stages
 
 from learner import lora
 from learner.config import LearnerConfig
@@ -79,7 +79,7 @@ def test_two_ranks_change_nothing_and_send_merged_weights(tiny_model, uneven_tab
     split = settings | {"pack_length": 24, "micro_batch_tokens": 48}
     job = {"model": str(tiny_model), "table": uneven_table, "stages": [2, 3], "settings": split}
     expected = whole_weights(learner)
-    for stage, (weights, ranks_metrics, _) in run_two_ranks(job, tmp_path).items():
+    for stage, (weights, ranks_metrics, _) in run_two_ranks(job, tmp_path, zero_stages).items():
         assert weights.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(weights[name], tensor, atol=2e-6, rtol=1e-5, msg=f"{stage}: {name}")

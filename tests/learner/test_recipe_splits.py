@@ -6,8 +6,9 @@ from functools import cache
 
 import pytest
 import torch
+from recipe_worker import recipe_updates
 from two_ranks import run_two_ranks
-from zero_worker import two_updates, whole_weights
+from zero_worker import two_updates, whole_weights, zero_stages
 
 # A large epsilon keeps AdamW smooth: near a zero gradient its usual step is the sign of rounding noise.
 COMMON = {"lr": 1e-2, "eps": 1e-3, "grad_clip": 0.5, "gamma": 0.5, "device": "cpu"}
@@ -109,7 +110,7 @@ def test_two_ranks_change_nothing(tiny_model, uneven_table, unsplit, tmp_path):
         for index, (name, recipe) in enumerate(RECIPES.items())
     }
     job = {"model": str(tiny_model), "table": uneven_table, "recipes": recipes}
-    split = run_two_ranks(job, tmp_path, "recipe_worker.py")
+    split = run_two_ranks(job, tmp_path, recipe_updates)
     assert split.keys() == RECIPES.keys()
     for name, updates in split.items():
         assert_same_updates(updates, unsplit(name))
@@ -121,5 +122,5 @@ def test_two_ranks_change_nothing_and_resume_exactly_under_zero_3(tiny_model, un
     settings = COMMON | RECIPES["gspo with grpo"] | {"advantage": "gae", "kl_target": 0.01, "epochs": 1}
     learner, metrics = two_updates(tiny_model, uneven_table, **settings, **UNSPLIT)
     job = {"model": str(tiny_model), "table": uneven_table, "stages": [3], "settings": settings | FEW}
-    weights, split, _ = run_two_ranks(job, tmp_path)[3]
+    weights, split, _ = run_two_ranks(job, tmp_path, zero_stages)[3]
     assert_same_updates((weights, split), (whole_weights(learner), metrics))

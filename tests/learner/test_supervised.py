@@ -3,7 +3,7 @@ stopping."""
 
 import pytest
 import torch
-from supervised_worker import check_snapshot, two_supervised_updates
+from supervised_worker import check_snapshot, supervised_stages, two_supervised_updates
 from transformers import AutoModelForCausalLM
 from two_ranks import run_two_ranks
 from zero_worker import whole_weights
@@ -89,7 +89,7 @@ def test_packing_micro_batches_and_zero_stages_change_nothing(tiny_model, exampl
 def test_two_ranks_change_nothing_and_snapshots_come_back(tiny_model, examples, tmp_path):
     _, whole, expected, _ = two_supervised_updates(tiny_model, examples, **SETTINGS, **UNSPLIT)
     job = {"model": str(tiny_model), "table": examples, "stages": [1, 2, 3], "settings": SETTINGS | FEW}
-    for weights, metrics in run_two_ranks(job, tmp_path, "supervised_worker.py").values():
+    for weights, metrics in run_two_ranks(job, tmp_path, supervised_stages).values():
         assert_close(weights, expected[1])
         for got, want in zip(metrics, whole, strict=True):
             assert got["nll"] == pytest.approx(want["nll"], rel=1e-4)

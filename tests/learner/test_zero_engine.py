@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from two_ranks import run_two_ranks
-from zero_worker import two_updates, whole_weights
+from zero_worker import two_updates, whole_weights, zero_stages
 
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.engine import TrainableModel, default_param_groups, schedule_factor
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, reference_update):
 def test_two_ranks_with_an_uneven_split_change_nothing(tiny_model, reference_update, tmp_path):
     table, weights, metrics = reference_update
     job = {"model": str(tiny_model), "table": table, "stages": [1, 2, 3], "settings": SETTINGS | SPLIT}
-    results = run_two_ranks(job, tmp_path)
+    results = run_two_ranks(job, tmp_path, zero_stages)
     single, _ = two_updates(tiny_model, table, **SETTINGS, **UNSPLIT)
     expected_logprobs = single.response_logprobs(table)
     for stage, (actual, split, logprobs) in results.items():

@@ -1,14 +1,12 @@
-"""One rank of a multi-process learner test: run as `python zero_worker.py JOB RANK WORLD RENDEZVOUS`.
+"""Policy updates on two ranks (`two_ranks`).
 
-JOB is a torch file with `model`, `table`, `stages`, `settings` and `out`. For each ZeRO stage the rank makes
-two policy updates and rank 0 saves weights and metrics; it checks that a reload continues exactly, exports,
-and with LoRA checks that the wire carries the same merged weights.
+The job has `model`, `table`, `stages` and `settings`. For each ZeRO stage a rank makes two policy updates,
+whose weights and metrics are the result; it checks that a reload continues exactly, exports, and with LoRA
+checks that the wire carries the same merged weights.
 """
 
-import sys
-from pathlib import Path
-
 import torch
+from two_ranks import RANKS
 
 from learner.config import LearnerConfig
 from learner.policy import PolicyLearner
@@ -35,15 +33,11 @@ def wired_weights(learner: PolicyLearner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in source if not name.startswith(CHECKSUM_PREFIX)}
 
 
-def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world
-    )
-    job = torch.load(job_file, weights_only=False)
+def zero_stages(job):
     results = {}
     for stage in job["stages"]:
         learner, metrics = two_updates(
-            job["model"], job["table"], zero_stage=stage, ranks=world, **job["settings"]
+            job["model"], job["table"], zero_stage=stage, ranks=RANKS, **job["settings"]
         )
         logprobs = learner.response_logprobs(job["table"])
         results[stage] = (whole_weights(learner), metrics, logprobs)
@@ -51,13 +45,13 @@ def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
             wired, whole = wired_weights(learner), results[stage][0]
             assert wired.keys() == whole.keys()
             assert all(torch.equal(wired[name], whole[name]) for name in whole)
-        folder = Path(job["out"]).parent / f"state-{stage}"
+        folder = job["folder"] / f"state-{stage}"
         learner.save(folder)
         learner.train_step(job["table"], 2)
         after = whole_weights(learner)
         again = PolicyLearner(
             str(job["model"]),
-            LearnerConfig(zero_stage=stage, ranks=world, **job["settings"]),
+            LearnerConfig(zero_stage=stage, ranks=RANKS, **job["settings"]),
             model_dtype="float32",
         )
         again.load(folder)
@@ -66,11 +60,5 @@ def main(job_file: str, rank: int, world: int, rendezvous: str) -> None:
         assert all(torch.equal(after[name], resumed[name]) for name in after), (
             f"stage {stage} resumes inexactly"
         )
-        again.export(Path(job["out"]).parent / f"export-{stage}")
-    if rank == 0:
-        torch.save(results, job["out"])
-    torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        again.export(job["folder"] / f"export-{stage}")
+    return results
