@@ -82,7 +82,7 @@ ALARMS = Grid(
     "alarms",
     "Does an alarm come before a mode is lost? The first 120 of 300 steps, on seeds that set no bound.",
     (
-        REFERENCE,
+        replace(REFERENCE, settings={"evaluation.test_prompts": 512}),
         *(Cell(f"{name}, sequence", EARLY | _form(name)) for name in FORMS),
         *(
             Cell(f"{name}, per token", EARLY | _form(name) | PER_TOKEN)

@@ -13,6 +13,7 @@ RECORDED = {
     "entropy": "policy/entropy",
     "kl": "policy/kl",
     "nll": "selection/nll",
+    "nll_tail": "monitor/nll_tail",
 }
 
 

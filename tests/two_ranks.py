@@ -21,16 +21,22 @@ Work = Callable[[dict[str, Any]], dict[Any, Any]]
 def run_two_ranks(job: dict[str, Any], folder: Path, work: Work) -> dict[Any, Any]:
     """`work(job)` on both ranks of a gloo group; returns rank 0's results. `job` gets the field `folder`."""
     torch.save(job | {"folder": folder}, folder / "job.pt")
-    ranks = [_processes.Process(target=_rank, args=(work, folder, rank)) for rank in range(RANKS)]
+    for rank in range(RANKS):
+        _log(folder, rank).touch()
+    ranks = [
+        _processes.Process(target=_rank, args=(work, folder, rank), daemon=True) for rank in range(RANKS)
+    ]
     with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # read when DeepSpeed is first imported
         for process in ranks:
             process.start()
     deadline = time.monotonic() + DEADLINE_S
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
+    try:
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     said = "\n".join(_log(folder, rank).read_text()[-3000:] for rank in range(RANKS))
     assert codes == [0] * RANKS, f"exit codes {codes} (None: not done in {DEADLINE_S:g} s)\n{said}"
     results: dict[Any, Any] = torch.load(folder / "out.pt", weights_only=False)

@@ -3,7 +3,7 @@ results."""
 
 from collections.abc import Mapping, Sequence
 from math import isnan, nan
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.known_modes.modes import WINDOW
@@ -69,6 +69,7 @@ MEASURES: tuple[Column, ...] = (
 def alarm_table(results: Sequence[Result], names: Sequence[str]) -> str:
     """One line an alarm: when it came in the runs that lost a mode for good, and what it said in the others;
     empty without results."""
+    results = [r for r in results if (step := lost_step(r)) is None or not isnan(step)]
     lost = [r for r in results if lost_step(r) is not None]
     kept = [r for r in results if lost_step(r) is None]
     rows = []
@@ -81,7 +82,7 @@ def alarm_table(results: Sequence[Result], names: Sequence[str]) -> str:
                 name,
                 *map(str, (sum(n > 0 for n in lead), lead.count(0), sum(n < 0 for n in lead))),
                 str(len(lost) - len(lead)),
-                f"{mean(lead):.0f}" if lead else "-",
+                f"{median(lead):.0f}" if lead else "-",
                 *map(str, (sum(calls), len(calls) - sum(calls))),
             )
         )
@@ -92,7 +93,7 @@ def alarm_table(results: Sequence[Result], names: Sequence[str]) -> str:
         "at the same step",
         "later",
         "never",
-        "steps ahead, mean",
+        "steps ahead, median",
         f"mode gone for a while, of {waned}",
         f"no mode gone, of {len(kept) - waned}",
     )

@@ -97,7 +97,7 @@ def test_each_alarm_has_its_hits_and_its_false_calls() -> None:
     runs = [run(lost, early=10), run(lost, early=20), run(lost, early=25), run(lost)]
     runs += [run(back, early=10), run(back), run(whole, early=10), run(whole), run(whole)]
     row = alarm_table(runs, ["early"]).splitlines()[-1]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["early", *"1111", "2", "1", "1"]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["early", *"1111", "0", "1", "1"]
     head = alarm_table(runs, ["early"]).splitlines()[0]
     assert all(said in head for said in ("of 4", "while, of 2", "gone, of 3"))
     assert alarm_table([], ["early"]) == ""

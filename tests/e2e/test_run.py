@@ -76,7 +76,7 @@ def lagging(launch: Launch) -> Finished:
 
 @pytest.fixture(scope="module")
 def broken_off(launch: Launch) -> Finished:
-    """Such a run that is told to stop after its last checkpoint, in the closing evaluation."""
+    """A run that is told to stop after its last checkpoint, in the closing evaluation."""
 
     def stop(process: "subprocess.Popen[str]", folder: Path) -> None:
         last = folder / "checkpoints" / f"step-{int(LAGS['run.steps']):06d}" / "manifest.json"
@@ -148,7 +148,7 @@ def test_evaluations_are_in_the_metrics_of_their_steps(unbroken):
 
 
 def test_looks_come_between_the_evaluations(unbroken):
-    """At the likelihood of human answers, which needs no samples; the base's is that of `best` at step 0."""
+    """At the likelihood of human answers, which needs no samples."""
     tail = {row["step"]: row["monitor/nll_tail"] for row in unbroken.metrics if "monitor/nll_tail" in row}
     assert list(tail) == [0, 2, 4, 6, 8]
     assert len(set(tail.values())) == 5, "the policy changes from look to look"
