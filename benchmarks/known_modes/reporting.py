@@ -32,7 +32,8 @@ COMMAND = "python -m benchmarks.methods report"
 CAPTION = """Every line: mean (least to most) over its runs, whose raw numbers are in `benchmarks/results`.
 Measured on 4,096 test sentences (512 in "alarms") at the checkpoint that C2ST and coverage on selection
 prompts chose. C2ST: .5 = a fresh classifier cannot tell; mode TV 0, 8 modes, NLL gap 0 and valid 1 are
-perfect; copies / natural: answers that are one of the demonstrations, over what fresh expert sentences score."""
+perfect; copies / natural: answers that are one of the demonstrations, over what fresh expert sentences
+score."""
 
 Lines = list[tuple[str, list[Result]]]
 
