@@ -109,6 +109,7 @@ def test_a_time_of_ones_own_counts_and_none_is_enough_to_close(head, tmp_path, v
     assert ("closed" in client.get_job_logs(job)) == closed, head.supervisor_log(job)
 
 
+@pytest.mark.slow  # a whole run; one that `rlgaf submit` started is stopped and resumed in every suite
 def test_the_printed_line_starts_a_run_that_ray_job_stop_ends_with_a_checkpoint(
     head, configuration, tiny_demonstrations, tmp_path
 ):
