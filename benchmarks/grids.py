@@ -48,6 +48,10 @@ FROZEN_JUDGE: dict[str, Any] = {
     "discriminator.warmup_patience": 5,
 }
 """As good a judge as held-out demonstrations allow, and then no further one."""
+GUMBEL_ALONE: dict[str, Any] = {
+    "learner.gumbel.weight": 1.0,
+    "learner.gumbel.policy_gradient_weight": 0.0,
+}
 FORMS = ("neg_log_one_minus_d", "prob", "logit", "log_d", "bradley_terry", "relativistic")
 REWARDS = Grid(
     "rewards",
@@ -92,12 +96,7 @@ ALARMS = Grid(
         Cell("frozen, KL 0.05", EARLY | FROZEN_JUDGE | {"learner.kl_coef": 0.05}),
         Cell(
             "Gumbel-Softmax alone, tau 1",
-            EARLY
-            | {
-                "learner.gumbel.weight": 1.0,
-                "learner.gumbel.policy_gradient_weight": 0.0,
-                "learner.gumbel.schedule": "constant",
-            },
+            EARLY | GUMBEL_ALONE | {"learner.gumbel.schedule": "constant"},
         ),
     ),
     seeds=(3, 4, 5),
@@ -286,9 +285,7 @@ GUMBEL = Grid(
         *(
             Cell(
                 f"Gumbel-Softmax alone, {schedule}",
-                OFTEN
-                | {"learner.gumbel.weight": 1.0, "learner.gumbel.policy_gradient_weight": 0.0}
-                | settings,
+                OFTEN | GUMBEL_ALONE | settings,
             )
             for schedule, settings in (
                 ("tau 1 to .5", {}),

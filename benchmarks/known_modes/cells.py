@@ -135,6 +135,7 @@ class Task:
             "example": tomllib.loads(CONFIG.read_text()),
             "settings": self.settings,
             "method": cell.method,
+            # `train` came later than most results: its default does not count.
             "data": {k: v for k, v in vars(cell.data).items() if k != "train" or v != Data.train},
             "kind": cell.kind,
             "guard": cell.guard,
