@@ -78,6 +78,13 @@ def list_grids(assets: Assets = Path("assets"), results: Results = store.RESULTS
 
 
 @app.command()
+def pack(results: Results = store.RESULTS) -> None:
+    """Move finished runs' JSON files into one Parquet file a grid, to be committed."""
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        typer.echo(f"{store.pack(folder)}")
+
+
+@app.command()
 def report(
     results: Results = store.RESULTS,
     assets: Assets = Path("assets"),

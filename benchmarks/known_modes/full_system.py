@@ -32,8 +32,7 @@ def keep(run: Path, grid: str, cell: str, results: Path) -> Path:
 def kept(grid: str, results: Path) -> list[tuple[str, list[store.Result]]]:
     """Full-system results of a grid by cell."""
     found: dict[str, list[store.Result]] = {}
-    for file in sorted((results / grid / FOLDER).glob("*.json")):
-        result = store.read(file)
-        if result is not None:
+    for file in store.below(results / grid):
+        if file.parent.name == FOLDER and (result := store.read(file)) is not None:
             found.setdefault(result["cell"], []).append(result)
     return list(found.items())

@@ -132,3 +132,21 @@ def test_results_are_written_whole_and_strict(tmp_path: Path) -> None:
     assert store.read(path) == {"a": None, "rows": [{"x": 0.123457}, {"x": 1}], "empty": []}
     assert json.loads(path.read_text()) == store.read(path)
     assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+
+
+def test_packed_results_are_read_like_files_and_newer_files_win(tmp_path: Path) -> None:
+    grid = tmp_path / "grid"
+    files = [grid / "a.json", grid / "full-system" / "b.json"]
+    for number, file in enumerate(files):
+        store.write(file, {"number": number})
+    packed = store.pack(grid)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [
+        "grid.parquet"
+    ]
+    assert [store.read(file) for file in files] == [{"number": 0}, {"number": 1}]
+    assert store.below(grid) == files
+    assert store.read(grid / "c.json") is None
+    store.write(files[0], {"number": 7})
+    assert store.read(files[0]) == {"number": 7}
+    assert store.pack(grid) == packed
+    assert [store.read(file) for file in files] == [{"number": 7}, {"number": 1}]
