@@ -1,8 +1,8 @@
 """A trained discriminator as a folder, for a scoring service that outlives its run.
 
 The folder is whole or absent. It holds the weights by plain name (adapters merged) and how to read them; the
-body's architecture and tokenizer come from the model the run started from, which must be within reach under
-the same name.
+body's architecture and tokenizer come from the model the run started from, which must be within reach. No
+path of the machine it was written on is in it.
 """
 
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from discriminator.config import DiscriminatorConfig
+from rollout.config import without_places
+from rollout.files import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +30,10 @@ class Exported:
 
     version: int
     checksum: str
-    model: str
     model_dtype: str
     config: DiscriminatorConfig
+    model: str = ""
+    """Hub name of the body; empty where it was a folder, of which only the run's own config.toml knows."""
 
 
 def write_exported(
@@ -50,7 +53,8 @@ def write_exported(
         "model_dtype": model_dtype,
         "config": config.model_dump(mode="json"),
     }
-    (partial / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    (partial / DESCRIPTION).write_text(json.dumps(without_places(description), indent=1))
+    readable(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

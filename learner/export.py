@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from learner import lora
 from learner.engine import TrainableModel
+from rollout.files import readable
 
 
 def plain_weights(
@@ -51,6 +52,7 @@ def export_plain(
         if left := [name for name, tensor in plain.named_parameters() if tensor.is_meta]:
             raise RuntimeError(f"export lacks {len(left)} weights, among them {left[0]}")
         plain.save_pretrained(folder)
+        readable(Path(folder))
     torch.distributed.barrier()
 
 

@@ -2,17 +2,34 @@
 workers.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+"""What numpy, torch and vLLM all take."""
 
 
 class Section(BaseModel):
     """Base of every configuration section: unknown fields are refused, attribute docstrings document the
-    fields, and "none" empties a field that may be empty, since TOML has no null.
+    fields, and "none" empties a field that may be empty, since TOML has no null. Numbers are finite and of a
+    size that every library takes.
     """
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -23,6 +40,31 @@ class Section(BaseModel):
             name: None if value == "none" and _may_be_empty(cls, name) else value
             for name, value in said.items()
         }
+
+    @field_validator("*")
+    @classmethod
+    def _usable_everywhere(cls, value: Any, field: ValidationInfo) -> Any:
+        name = str(field.field_name)
+        if isinstance(value, int | float) and abs(value) > (LONGEST_WAIT_S if name.endswith("_s") else 2**53):
+            unit = " seconds" if name.endswith("_s") else ""
+            raise ValueError(f"{value:g}{unit} is more than any part of a run can count")
+        for text in (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ():
+            if isinstance(text, str) and any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text):
+                raise ValueError("holds a NUL or half a character, which no file name or tokenizer takes")
+        return value
+
+
+LONGEST_WAIT_S = 1e8
+"""Three years; Ray and the event loop count nanoseconds in 64 bits."""
+
+
+def without_places(said: dict[str, Any]) -> dict[str, Any]:
+    """Nested sections without the fields that hold an absolute path: they mean nothing on another machine."""
+    return {
+        name: without_places(value) if isinstance(value, dict) else value
+        for name, value in said.items()
+        if not (isinstance(value, str) and Path(value).is_absolute())
+    }
 
 
 def _may_be_empty(section: type[BaseModel], name: str) -> bool:
@@ -84,7 +126,7 @@ class DataConfig(Section):
     test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of prompts read only to report base, best and last."""
 
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the split; the same seed and prompts give the same four splits."""
 
     max_demonstrations: PositiveInt | None = None

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 from rollout.data import DataError
-from services.config import Config, ConfigError, load
+from services.config import Config, ConfigError, given, load
 from services.config_text import to_toml
 from services.export import EXPORTED_CONFIG
+from services.printable import printable
 
 app = typer.Typer(
     name="rlgaf",
@@ -230,9 +231,10 @@ def evaluate(
     Reads up to evaluation.test_prompts (500) prompts of the whole file.
     """
     own = _config_of_run(model)
-    given = [f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
-    settings = load(base or own, [*context.args, *given])
-    if own and not test_split and Path(load(own).data.demonstrations).resolve() == demonstrations.resolve():
+    asked = [f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
+    settings = load(base or own, [*context.args, *asked])
+    learned = given(own).get("data", {}).get("demonstrations") if own else None  # not in an exported one
+    if learned and not test_split and Path(learned).resolve() == demonstrations.resolve():
         typer.echo(
             "note: the model's run learned from this file; --test-split leaves those prompts out", err=True
         )
@@ -255,8 +257,8 @@ def generate(
     """Print the model's answers as JSON lines."""
     if not prompt and prompts is None:
         raise ConfigError("nothing to answer: give --prompt TEXT or --prompts FILE")
-    given = [f"--policy.model={model}", "--data.demonstrations=-"]
-    settings = load(base or _config_of_run(model), [*context.args, *given])
+    asked = [f"--policy.model={model}", "--data.demonstrations=-"]
+    settings = load(base or _config_of_run(model), [*context.args, *asked])
     from services.standalone import generate_answers
 
     generate_answers(settings, prompt or [], prompts)
@@ -290,7 +292,7 @@ def main() -> None:
         app()
     except (ConfigError, DataError) as error:
         for line in str(error).splitlines():
-            print(f"rlgaf: {line}", file=sys.stderr)
+            print(f"rlgaf: {printable(line)}", file=sys.stderr)
         sys.exit(2)
 
 

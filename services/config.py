@@ -15,9 +15,10 @@ from pydantic.fields import FieldInfo
 
 from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
-from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section
+from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section, Seed
 from services.contradictions import gumbel_problems, length_problems, update_problems
 from services.evaluation.config import EvaluationConfig
+from services.foreign_names import FOREIGN_NAMES
 from services.methods import PRESETS, Method, method_problems, with_own, with_preset
 
 
@@ -34,7 +35,7 @@ class RunSection(Section):
     output: str = "runs"
     """Folder that holds run folders."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn."""
 
     method: Method = "rlgaf"
@@ -351,7 +352,10 @@ def _refuse_unknown(raw: dict[str, Any], tables: dict[str, Any], path: Path | No
 
 
 def _unknown(dotted: str, known: list[str], within: str) -> str:
-    leaf = dotted.rsplit(".", 1)[-1]
+    section, _, leaf = dotted.rpartition(".")
+    if ours := FOREIGN_NAMES.get(leaf.replace("-", "_")):
+        same = f"{section}.{ours.partition('.')[2]}"  # discriminator.learning_rate is discriminator.lr
+        return f"unknown field {within}{dotted}; here it is {within}{same if same in known else ours}"
     same_leaf = [path for path in known if path.rsplit(".", 1)[-1] == leaf]
     close = same_leaf or difflib.get_close_matches(dotted, known, n=2, cutoff=0.6)
     close = close or [

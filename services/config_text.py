@@ -17,6 +17,18 @@ def to_toml(config: BaseModel, *, template: bool = False) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
+def tables_to_toml(tables: dict[str, Any], prefix: str = "") -> str:
+    """Nested tables of plain values as TOML."""
+    plain = [
+        f"{name} = {_toml_value(value)}" for name, value in tables.items() if not isinstance(value, dict)
+    ]
+    text = "\n".join([*([f"[{prefix}]"] if prefix and plain else []), *plain, ""])
+    nested = [(name, value) for name, value in tables.items() if isinstance(value, dict)]
+    return text + "".join(
+        tables_to_toml(value, f"{prefix}.{name}" if prefix else name) for name, value in nested
+    )
+
+
 def _write_section(section: BaseModel, prefix: str, lines: list[str], template: bool) -> None:
     if prefix:
         lines += ["", f"[{prefix}]"]

@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from services.printable import printable
+
 SHOWN = (
     ("reward", "reward/mean"),
     ("D acc", "discriminator/accuracy_heldout"),
@@ -105,7 +107,7 @@ class Display:
 
     def note(self, message: str) -> None:
         """Print a line that stays above the panel (alarms, evaluations, checkpoints)."""
-        self._console.print(Text(message), soft_wrap=True)
+        self._console.print(Text(printable(message)), soft_wrap=True)
 
     def left(self) -> float | None:
         """Seconds until the last step, or None before the first one is done."""
@@ -117,11 +119,12 @@ class Display:
         numbers = Table.grid(padding=(0, 2))
         numbers.add_row(*(Text(label, style="dim") for label, key in SHOWN if key in self._numbers))
         numbers.add_row(*(Text(f"{self._numbers[key]:.3g}") for _, key in SHOWN if key in self._numbers))
+        bar = Table.grid(expand=True)  # as a row it ends with a line break; a bar alone does not
+        bar.add_row(ProgressBar(total=max(self._steps, 1), completed=self._step))
         left = self.left()
         head = f"step {self._step}/{self._steps}   {self._phase}" + (
             "" if left is None else f"   left {clock_time(left)}"
         )
-        bar = ProgressBar(total=max(self._steps, 1), completed=self._step)
         return Panel(
             Group(Text(head), bar, numbers), title="rlgaf", expand=False, width=min(100, self._console.width)
         )

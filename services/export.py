@@ -1,9 +1,13 @@
 """Copy a finished run's model out of its folder."""
 
 import shutil
+import tomllib
 from pathlib import Path
 
+from rollout.config import without_places
+from rollout.files import readable
 from services.config import ConfigError
+from services.config_text import tables_to_toml
 
 EXPORTED_CONFIG = "rlgaf.toml"
 """The run's configuration in an exported model's folder."""
@@ -11,7 +15,7 @@ EXPORTED_CONFIG = "rlgaf.toml"
 
 def export_model(run: Path, out: Path, which: str) -> Path:
     """Copy `run`/`which` (best or last), and the run's configuration as `rlgaf.toml`, to `out`, a folder that
-    must not exist yet; returns `out`.
+    must not exist yet; returns `out`. Fields that name a place on this machine are left out.
 
     Raises:
         ConfigError: no such run or model, or `out` exists.
@@ -27,6 +31,8 @@ def export_model(run: Path, out: Path, which: str) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial)
-    shutil.copy(run / "config.toml", partial / EXPORTED_CONFIG)
+    said = without_places(tomllib.loads((run / "config.toml").read_text()))
+    (partial / EXPORTED_CONFIG).write_text(tables_to_toml(said))
+    readable(partial)
     partial.rename(out)
     return out

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from services.evaluation.evaluate import KEYS
 from services.metrics import strict
+from services.printable import printable
 from services.watching.alarms import Alarm
 
 ROWS = ("base", "best", "last", "human")
@@ -123,7 +124,7 @@ def sample_rows(samples: Sequence[Mapping[str, str]], width: int = 200) -> list[
     """Cells of the samples in the order of `sample_columns`, one line each, long texts cut in the middle."""
 
     def cut(text: str) -> str:
-        flat = " ".join(text.split())
+        flat = printable(" ".join(text.split()))
         half = width // 2 - 1
         return flat if len(flat) <= width else f"{flat[:half]} … {flat[-half:]}"
 
@@ -165,7 +166,8 @@ def print_report(
         console.print(sample_table(samples))
     console.print(phase_table(phases, wall))
     for alarm in alarms:
-        console.print(Text(f"alarm at step {alarm.step}: {alarm.name}: {alarm.message}", style="yellow"))
+        line = printable(f"alarm at step {alarm.step}: {alarm.name}: {alarm.message}")
+        console.print(Text(line, style="yellow"))
     console.print(closing_table(evaluation))
     console.print(Text(verdict(evaluation), style="bold"))
 
@@ -257,7 +259,10 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; bars and line breaks inside cells are escaped."""
 
     def line(cells: Sequence[str]) -> str:
-        safe = (escape(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
+        safe = (
+            escape(printable(cell)).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+            for cell in cells
+        )
         return "| " + " | ".join(safe) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *(line(row) for row in rows)])

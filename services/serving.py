@@ -6,6 +6,7 @@ The same replicas as in training answer, with the one version that the run ended
 """
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Arguments(BaseModel):
     run: Path
     """The run's folder, on a path that every node sees."""
     model: str = ""
-    """Hub name or folder of the body, where it is not what the run called it."""
+    """Hub name or folder of the body, where it is not what the run's config.toml calls it."""
     replicas: PositiveInt | None = None
     """Replicas."""
     cpus: float | None = None
@@ -78,10 +79,22 @@ def app(args: Arguments) -> serve.Application:
     )
     return scoring_app(
         exported.config.model_copy(update={"scoring": scoring, "device": "cuda" if args.gpu else "cpu"}),
-        args.model or exported.model,
+        args.model or exported.model or _body_of(args.run),
         exported.model_dtype,
         ExportedVersion(folder, exported.version, exported.checksum),
         threads=max(1, int(scoring.cpus)),
         use_gpu=args.gpu,
         token=token,
     )
+
+
+def _body_of(run: Path) -> str:
+    """Folder of the body of a run that began with one."""
+    try:
+        said = tomllib.loads((run / "config.toml").read_text())
+    except OSError:
+        raise ConfigError(
+            f"{run} has no config.toml: name the discriminator's body, as in model=/models/x"
+        ) from None
+    body: str = said["discriminator"]["model"] or said["policy"]["model"]
+    return body

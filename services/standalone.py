@@ -19,6 +19,7 @@ from services.config import Config, ConfigError
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
 from services.input_checks import check_embedding_model
 from services.plan import local_gpus, resource_plan
+from services.printable import printable
 
 LEAST_PROMPTS = 8
 """What the human floor needs: two halves of four."""
@@ -115,7 +116,7 @@ def generate_answers(config: Config, prompts: list[str], file: Path | None) -> N
     ):
         row = answers[identifier]
         answer = {"prompt": text, "response": row["response_text"], "finish_reason": row["finish_reason"]}
-        print(json.dumps(answer, ensure_ascii=False))
+        print(printable(json.dumps(answer, ensure_ascii=False)))
 
 
 def _renderer(config: Config) -> Renderer:

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from discriminator.user_function import SPELLING, names_a_function
-from rollout.config import Section
+from rollout.config import Section, Seed
 
 
 class EvaluationConfig(Section):
@@ -64,7 +64,7 @@ class EvaluationConfig(Section):
     "package.module:function". It takes one services.evaluation.extra_measures.Answers and returns a
     dictionary of numbers. Empty: none."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling, folds, bootstrap and subsampling in evaluations."""
 
     @field_validator("extra_measures")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import pairwise_distances
 
 from services.evaluation import text_metrics
@@ -160,8 +159,7 @@ def text_coverage(
     """`coverage` on embeddings; where there are none, on TF-IDF of the human texts' character 2–4-grams."""
     if human_vectors is not None and generated_vectors is not None:
         return coverage(human_vectors, generated_vectors, neighbours)
-    tfidf = TfidfVectorizer(analyzer="char", ngram_range=(2, 4), sublinear_tf=True, max_features=50_000)
-    return coverage(tfidf.fit_transform(human), tfidf.transform(generated), neighbours, metric="cosine")
+    return coverage(*text_metrics.ngram_vectors(human, generated), neighbours, metric="cosine")
 
 
 def selection_key(row: Mapping[str, Any]) -> float:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, rankdata
 from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from services.evaluation import text_metrics
 from services.evaluation.c2st import Normalise, one_spelling
@@ -71,7 +70,7 @@ def text_monitors(
             f"monitors compare equal counts, got {len(generated)} generated and {len(human)} human"
         )
     if generated_vectors is None or human_vectors is None:
-        human_vectors, generated_vectors = _tfidf(human, generated)
+        human_vectors, generated_vectors = text_metrics.ngram_vectors(human, generated)
     of_human, of_model = cluster_modes(human_vectors, generated_vectors, clusters, seed)
     words = [np.mean([len(text.split()) for text in texts]) for texts in (generated, human)]
     return {
@@ -226,9 +225,3 @@ def _stack(human: NDArray, generated: NDArray) -> Any:
     from scipy import sparse
 
     return sparse.vstack([human, generated]) if sparse.issparse(human) else np.concatenate([human, generated])
-
-
-def _tfidf(human: Sequence[str], generated: Sequence[str]) -> tuple[Any, Any]:
-    """Vectors of both sides where there are no embeddings, in the humans' n-grams like `text_coverage`."""
-    tfidf = TfidfVectorizer(analyzer="char", ngram_range=(2, 4), sublinear_tf=True, max_features=50_000)
-    return tfidf.fit_transform(human), tfidf.transform(generated)

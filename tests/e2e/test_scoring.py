@@ -152,7 +152,7 @@ def served(service: Any, tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> 
     write_exported(tmp_path / "discriminator", published, config, str(tiny_model), "float32")
     monkeypatch.setenv("RLGAF_TEST_TOKEN", TOKEN)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT + 1})
-    serve.run(app(Arguments(run=tmp_path)), name="served-test", route_prefix="/")
+    serve.run(app(Arguments(run=tmp_path, model=str(tiny_model))), name="served-test", route_prefix="/")
     return [float(scores[-1]) for scores in local_scores(config, tiny_model, {4: state}, 4)[:2]]
 
 

@@ -42,7 +42,7 @@ def test_overrides_of_every_kind_reach_the_configuration(monkeypatch, capsys, ru
         "--learner.lr",
         "1e-5",
         "--run.seed",
-        "-3",
+        "3",
         "--learner.betas",
         "[0.8, 0.9]",
         "--run.name=mine",
@@ -50,7 +50,7 @@ def test_overrides_of_every_kind_reach_the_configuration(monkeypatch, capsys, ru
     ]
     assert call(monkeypatch, "train", str(run_file), *words) == 0
     shown = capsys.readouterr().out
-    for line in ("lr = 1e-05", "seed = -3", "betas = [0.8, 0.9]", 'name = "mine"'):
+    for line in ("lr = 1e-05", "seed = 3", "betas = [0.8, 0.9]", 'name = "mine"'):
         assert line in shown.splitlines()
 
 

@@ -286,7 +286,7 @@ def test_dry_run_prints_configuration_and_plan_quickly_and_makes_nothing(tmp_pat
     )
     began = time.monotonic()
     done = subprocess.run(
-        [*command, str(tmp_path / "run.toml"), "--learner.lr", "1e-5", "--run.seed", "-4"],
+        [*command, str(tmp_path / "run.toml"), "--learner.lr", "1e-5", "--run.seed", "4"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -295,7 +295,7 @@ def test_dry_run_prints_configuration_and_plan_quickly_and_makes_nothing(tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
     printed = tomllib.loads(done.stdout)
     assert printed["learner"]["lr"] == 1e-5
-    assert printed["run"]["seed"] == -4
+    assert printed["run"]["seed"] == 4
     assert "# rollout" in done.stdout
     assert "# total" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}

@@ -9,15 +9,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from services.display import Display, clock_time, step_line
 from services.evaluation.evaluate import KEYS
+from services.printable import printable
 from services.report import (
     line_chart,
     markdown_table,
     phase_rows,
     print_report,
     sample_rows,
+    sample_table,
     verdict,
     write_report,
     write_samples,
@@ -151,3 +154,34 @@ def test_terminal_display_draws_a_panel() -> None:
     text = printed(target)
     assert "step 1/10" in text
     assert "[b] stays" in text
+
+
+def test_the_panels_numbers_stand_under_their_labels() -> None:
+    target = console(terminal=True)
+    display = Display(10, console=target)
+    display.step(3, {"reward/mean": 0.25, "policy/kl": 0.02, "evaluation/c2st": 0.9})
+    target.print(display._panel())
+    head, bar, labels, numbers = (
+        line.strip("│ ") for line in Text.from_ansi(printed(target)).plain.splitlines()[1:5]
+    )
+    assert head.startswith("step 3/10")
+    assert set(bar) <= set("━╸╺ ")
+    assert labels.split() == ["reward", "KL", "C2ST"]
+    assert numbers.split() == ["0.25", "0.02", "0.9"]
+
+
+HOSTILE = "\x1b[2J\x9b31m\u202egpj.exe\u2066\x07"
+
+
+def test_no_text_of_a_model_acts_on_terminal_or_page(tmp_path: Path) -> None:
+    target = console(terminal=True)
+    with Display(10, console=target) as display:
+        display.note(f"model: {HOSTILE}")
+    target.print(sample_table([{"prompt": HOSTILE, "human": "h", "model": HOSTILE}]))
+    shown = markdown_table(("prompt", "model"), sample_rows([{"prompt": HOSTILE, "model": HOSTILE}]))
+    for text in (printed(target), shown):
+        assert "\\u202egpj.exe" in text or "\\\\u202egpj.exe" in text
+        assert not {"\x9b", "\u202e", "\u2066", "\x07"} & set(text)
+    assert "\x1b[2J" not in printed(target)
+    answer = {"response": HOSTILE}
+    assert json.loads(printable(json.dumps(answer, ensure_ascii=False))) == answer
