@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import write_whole
+from rollout.files import write_whole
 from services.metrics import strict
 
 RESULTS = Path("benchmarks/results")

@@ -6,12 +6,12 @@ the same name.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from discriminator.config import DiscriminatorConfig
+from rollout.files import whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +39,6 @@ def write_exported(
     """Write the folder, in place of an earlier one."""
     from safetensors.torch import save_file
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(published.state, partial / WEIGHTS)
     description = {
         "version": published.version,
         "checksum": published.checksum,
@@ -50,9 +46,10 @@ def write_exported(
         "model_dtype": model_dtype,
         "config": config.model_dump(mode="json"),
     }
-    (partial / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        save_file(published.state, partial / WEIGHTS)
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
 def read_exported(folder: Path) -> Exported:

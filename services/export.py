@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from rollout.files import whole_folder
 from services.config import ConfigError
 
 EXPORTED_CONFIG = "rlgaf.toml"
@@ -24,9 +25,7 @@ def export_model(run: Path, out: Path, which: str) -> Path:
         raise ConfigError(f"{model} holds no model" + (f"; {run} has: {', '.join(there)}" if there else ""))
     if out.exists():
         raise ConfigError(f"{out} exists already; nothing was overwritten")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial)
-    shutil.copy(run / "config.toml", partial / EXPORTED_CONFIG)
-    partial.rename(out)
+    with whole_folder(out) as partial:
+        shutil.copytree(model, partial)
+        shutil.copy(run / "config.toml", partial / EXPORTED_CONFIG)
     return out

@@ -1,7 +1,7 @@
 """What a run records about itself: one row per step, seconds and tokens per phase, memory.
 
 `metrics.jsonl` holds one strict-JSON object per step, steps strictly increasing, each with the evaluation
-that followed it; step 0 is the base's. A row is written in one call and flushed: a kill can cut the last line
+that followed it; step 0 is the base's. A row is written in one call and synced: a kill can cut the last line
 only, and `truncate_after` drops it. What is not finite is null there (JSON has no NaN);
 `services.watching.alarms` looks at the rows before that.
 """
@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+from rollout.files import write_whole
 
 Row = dict[str, Any]
 
@@ -97,9 +99,7 @@ class MetricsLog:
         self._purge = step + 1
         rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
         if self.path.exists():
-            scratch = self.path.with_suffix(".jsonl.tmp")
-            scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-            os.replace(scratch, self.path)
+            write_whole(self.path, "".join(_line(row) for row in rows))
         self._last = rows[-1]["step"] if rows else None
         return len(rows)
 
@@ -115,6 +115,7 @@ class MetricsLog:
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(_line(row))
         self._file.flush()
+        os.fsync(self._file.fileno())
         self._last = step
         if self._tensorboard:
             self._write_events(step, flat, row)

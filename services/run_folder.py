@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
 from rollout.data import DataSplits
+from rollout.files import read_record
 from rollout.prompts import PromptSource
 from rollout.templates import Renderer
 from services.checkpoint import CheckpointError, Checkpoints, verify
@@ -13,7 +16,18 @@ from services.lease import LEASE, wait_until_free
 LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard", LEASE}
 BEST_RECORD = "samples/best.json"
 """Which policy `best/` and its test responses are; they are whole where it is."""
+
 BEGIN_ANEW = "start it with --auto-resume, which renames what an earlier attempt left and begins anew"
+
+
+class Best(BaseModel):
+    """Step, selection key and test NLL of the best policy."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    step: NonNegativeInt
+    key: float
+    nll: float
 
 
 def prepare_folder(config: Config, resume: bool) -> Checkpoints:
@@ -75,3 +89,9 @@ def _summed_up(folder: Path) -> int | None:
     file = folder / "summary.json"
     step: int | None = json.loads(file.read_text())["steps"] if file.exists() else None
     return step
+
+
+def read_best(folder: Path) -> Best | None:
+    """The record of the run's best policy. Raises ValueError when it is damaged."""
+    file = folder / BEST_RECORD
+    return read_record(file, Best) if file.exists() else None

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rollout.files import write_whole
 from services.config import Config, ConfigError
 from services.metrics import Row, flatten
 from services.watching.alarms import Alarm
@@ -54,7 +55,7 @@ class WandbRun:
             )
         except wandb.Error as error:
             raise ConfigError(f'run.wandb = "{config.run.wandb}": {error}') from None
-        file.write_text(json.dumps({"id": self._run.id, "url": self._run.url}))
+        write_whole(file, json.dumps({"id": self._run.id, "url": self._run.url}))
         self._run.define_metric("*", step_metric="step")
 
     @property

@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from rollout.files import write_whole
 from services.config import ConfigError
 from services.plan import cpu_torch
 
@@ -149,7 +150,7 @@ def up(
         )
     created = psutil.Process(process.pid).create_time()
     cluster = LocalCluster(process.pid, created, host, ports, token, str(logs / "session_latest" / "logs"))
-    (folder() / f"cluster-{ports.gcs}.json").write_text(json.dumps(asdict(cluster)))
+    write_whole(folder() / f"cluster-{ports.gcs}.json", json.dumps(asdict(cluster)))
     deadline = time.monotonic() + UP_DEADLINE_S
     while not _ready(host, ports.dashboard):
         if process.poll() is not None or time.monotonic() > deadline:

@@ -1,0 +1,110 @@
+"""Files and folders that are whole or absent, at whatever moment their process or machine goes down.
+
+Invariant: what has its name was written and on disk before it got that name. It is made under a hidden name
+beside it, synced and renamed, and the renaming is synced too. What is read back is checked: it may be damaged,
+and may come from elsewhere.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file, in place of an earlier one; makes its folder."""
+    with whole_file(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which takes the place of `path` when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield scratch
+        sync(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A path to make a folder at, which takes the place of `folder` when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        sync_all(partial)
+        put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Rename a synced folder to `folder`; an earlier one is renamed away first and deleted last."""
+    earlier = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        folder.rename(earlier)
+    made.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def sync_all(folder: Path) -> None:
+    """Have a folder, all that is in it and all their names on disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is damaged; one sentence that names it and the field.
+        OSError: it cannot be read.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in found["loc"])
+        raise ValueError(f"{path} is damaged ({printable(where + found['msg'])})") from None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file called `name` below `folder`. Raises ValueError when it would lie elsewhere."""
+    path = folder / name
+    within = "\0" not in name and ".." not in path.parts
+    if not within or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{printable(name)!r} leads out of {folder}")
+    return path
+
+
+def printable(text: str, most: int = 200) -> str:
+    """One line without control characters, cut to `most` characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
