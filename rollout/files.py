@@ -1,8 +1,8 @@
 """Files and folders that are whole or absent, at whatever moment their process or machine goes down.
 
-Invariant: what has its name was written and on disk before it got that name. It is made under a hidden name
-beside it, synced and renamed, and the renaming is synced too. What is read back is checked: it may be damaged,
-and may come from elsewhere.
+Invariant: what has its name was written and on disk before it got that name. It is made under a hidden
+name beside it, synced and renamed, and the renaming is synced too. What is read back is checked: it may be
+damaged, and may come from elsewhere.
 """
 
 import os
@@ -18,25 +18,28 @@ from pydantic import BaseModel, ValidationError
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file, in place of an earlier one; makes its folder."""
-    with whole_file(path) as scratch:
+def write_whole(path: Path, content: str | bytes, *, lasting: bool = True) -> Path:
+    """Write a file, in place of an earlier one; makes its folder. What is not `lasting` is whole for whoever
+    reads it, but may be lost in a power cut."""
+    with whole_file(path, lasting=lasting) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """A path to write a file to, which takes the place of `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield scratch
-        sync(scratch)
+        if lasting:
+            sync(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
-    sync(path.parent)
+    if lasting:
+        sync(path.parent)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Checkpoints: one folder per step, whole or absent.
 
-Invariant: a checkpoint exists once its manifest (sizes and CRC-32 of every file) has its name, and everything
-else in it is on disk before that. All parts are written into `.partial-step-N`, then the manifest; then the
-folder is renamed to `step-N`. What is pruned is renamed away before it is deleted. A kill or a power cut at any
-moment leaves the old set of checkpoints or the new one. The next `begin` clears hidden folders without a
-manifest. A folder whose files do not match its manifest is refused by name, and `newest_whole` goes on to the
-one before it.
+Invariant: a checkpoint exists once its manifest (sizes and CRC-32 of every file) has its name, and
+everything else in it is on disk before that. All parts are written into `.partial-step-N`, then the manifest;
+then the folder is renamed to `step-N`. What is pruned is renamed away before it is deleted. A kill or a power
+cut at any moment leaves the old set of checkpoints or the new one. The next `begin` clears hidden folders
+without a manifest. A folder whose files do not match its manifest is refused by name, and `newest_whole` goes
+on to the one before it.
 """
 
 import json
@@ -78,7 +78,7 @@ class Checkpoints:
         """An empty folder to write step `step`'s parts into; what earlier attempts left unfinished is
         removed.
         """
-        self._finish()
+        self.finish()
         for left in (*self.root.glob(".partial-step-*"), *self.root.glob(".*removed*")):
             shutil.rmtree(left)
         partial = self._partial(step)
@@ -90,7 +90,7 @@ class Checkpoints:
         partial = self._partial(step)
         (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True))
         seal(partial, step)
-        self._finish()
+        self.finish()
         for old in self.steps()[: -self.keep]:
             self.remove(self.folder(old))
         for given_up in self.root.glob(".superseded-step-*"):
@@ -104,7 +104,7 @@ class Checkpoints:
     def supersede(self, step: int) -> None:
         """Put every checkpoint after `step`, which a run has gone on from, out of sight; the next `commit`
         deletes them."""
-        self._finish()
+        self.finish()
         for later, folder in self._folders().items():
             if later > step:
                 put_in_place(folder, self.root / f".superseded-{folder.name}")
@@ -153,13 +153,13 @@ class Checkpoints:
         """Folders by step; one that was sealed and not yet renamed is newer than the one it replaces."""
         found: dict[int, Path] = {}
         for path in sorted(self.root.glob("*step-*"), reverse=True):  # hidden ones last
-            step = _step_of(path)
+            step = step_of(path.name)
             hidden = path.name.startswith(".")
             if step is not None and path.is_dir() and (not hidden or (path / MANIFEST).is_file()):
                 found[step] = path
         return found
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Rename what was sealed and, as its process was killed, not renamed any more."""
         for step, folder in self._folders().items():
             if folder == self._partial(step):
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is no finished checkpoint") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} cannot be read: {error}") from None
-    if _step_of(folder) not in (None, manifest.step):
+    if step_of(folder.name) not in (None, manifest.step):
         raise CheckpointError(f"{folder}: {MANIFEST} is that of step {manifest.step}")
     return manifest
 
@@ -234,7 +234,7 @@ def _sealed(path: Path) -> Sealed:
         return Sealed(bytes=file.tell(), crc32=crc)
 
 
-def _step_of(folder: Path) -> int | None:
-    """Step that a folder's name is that of; `step-000006.bak` is nobody's."""
-    named = _NAME.fullmatch(folder.name)
+def step_of(name: str) -> int | None:
+    """Step that a checkpoint's folder of this name has; `step-000006.bak` is nobody's."""
+    named = _NAME.fullmatch(name)
     return int(named[1]) if named and named[1] == f"{int(named[1]):06d}" else None

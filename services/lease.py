@@ -131,7 +131,8 @@ class Lease:
                     self._write()
 
     def _write(self) -> None:
-        write_whole(self.path, self._own.model_copy(update={"time": time.time()}).model_dump_json())
+        now = self._own.model_copy(update={"time": time.time()})
+        write_whole(self.path, now.model_dump_json(), lasting=False)
 
 
 def _read(path: Path) -> Holder | None:

@@ -15,14 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
+from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
-from rollout.files import write_whole
+from rollout.files import printable, write_whole
 
 Row = dict[str, Any]
+_STEP = TypeAdapter(NonNegativeInt)
+_INT64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_ROW: TypeAdapter[Row] = TypeAdapter(dict[str, bool | _INT64 | FiniteFloat | str | dict[str, _INT64] | None])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Row:
@@ -97,7 +101,7 @@ class MetricsLog:
         if self._file is not None:
             raise RuntimeError("truncate_after must come before the first row")
         self._purge = step + 1
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        rows = read_metrics(self.path, step) if self.path.exists() else []
         if self.path.exists():
             write_whole(self.path, "".join(_line(row) for row in rows))
         self._last = rows[-1]["step"] if rows else None
@@ -144,20 +148,34 @@ class MetricsLog:
             self._writer.close()
 
 
-def read_metrics(path: str | Path) -> list[Row]:
-    """All rows of a `metrics.jsonl`.
+def read_metrics(path: str | Path, last: int | None = None) -> list[Row]:
+    """All rows of a `metrics.jsonl`, or those up to step `last`, beyond which nothing is read.
 
     A last line cut short by a kill is left out; any other bad line is an error.
+
+    Raises:
+        ValueError: with file and line; no row, or its step does not come after the one before.
+        OSError: the file cannot be read.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = []
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
+        if rows and rows[-1]["step"] == last:
+            break
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            row = _ROW.validate_json(line)
+            step = _STEP.validate_python(row.get("step"))
+        except ValidationError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise ValueError(f"{path}:{number}: not a JSON object ({error.msg})") from error
+            reason = printable(error.errors(include_url=False, include_input=False)[0]["msg"])
+            raise ValueError(f"{path}:{number}: not a row of metrics ({reason}); delete the line") from None
+        if rows and step <= rows[-1]["step"]:
+            raise ValueError(
+                f"{path}:{number}: step {step} comes after step {rows[-1]['step']}; delete the line"
+            )
+        if last is None or step <= last:
+            rows.append(row)
     return rows
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from rollout.data import DataSplits
+from rollout.files import write_whole
 from rollout.templates import Renderer
-from services.checkpoint import Checkpoints, verify
+from services.checkpoint import CONFIG, Found
 from services.config import Config
 from services.config_text import to_toml
 from services.lease import Lease
@@ -21,7 +22,8 @@ from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.mirror import Mirror
 from services.plan import ResourcePlan
 from services.ray_metrics import RunMetrics
-from services.run_folder import BEGIN_ANEW
+from services.resume_rules import settled
+from services.run_folder import BEGIN_ANEW, checkpoints_of
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
@@ -45,8 +47,7 @@ class RunLife:
         plan: ResourcePlan,
         splits: DataSplits,
         renderer: Renderer,
-        checkpoints: Checkpoints,
-        resume: bool,
+        found: Found | None,
         console: Console,
         tracker: WandbRun | None,
         lease: Lease,
@@ -55,9 +56,10 @@ class RunLife:
         from services.evaluator import Evaluator
 
         self.config = config
-        self.resume = resume
+        self.found = found
+        """The checkpoint that the run goes on from; None for one that begins."""
         self.console = console
-        self.checkpoints = checkpoints
+        self.checkpoints = checkpoints_of(config)
         self.lease = lease
         self.mirror = Mirror(config.folder, config.run.mirror) if config.run.mirror else None
         self.began = time.monotonic()
@@ -68,9 +70,9 @@ class RunLife:
         self.interrupted = False
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
-        start = checkpoints.steps()[-1] if resume else 0
-        config.folder.mkdir(parents=True, exist_ok=True)
-        (config.folder / "config.toml").write_text(to_toml(config))
+        start = found.step if found is not None else 0
+        if found is None:
+            self._write_config()
         self.display = Display(config.run.steps, start, console)
         self.log = MetricsLog(config.folder)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
@@ -144,8 +146,8 @@ class RunLife:
             self.exported.begin()
             await self.system.start(self.display.note)
             self.watching = asyncio.create_task(self.exported.watch_workers(lambda: self.system.fleet.actors))
-            if self.resume:
-                await self._load()
+            if self.found is not None:
+                await self._load(self.found)
             else:
                 await self._begin()
             self.display.training()
@@ -271,6 +273,7 @@ class RunLife:
             await self.controller.quiesce()
             step = self.controller.step
             folder = self.checkpoints.begin(step)
+            (folder / CONFIG).write_text(to_toml(settled(self.config)), encoding="utf-8")
             system = await self.system.save(folder)
             state = {
                 "system": system,
@@ -297,20 +300,23 @@ class RunLife:
                 return False
         return True
 
-    async def _load(self) -> None:
-        folder = self.checkpoints.newest()
-        assert folder is not None, "checked before"
-        self.display.note(f"resuming from {folder.name}")
-        state = await asyncio.to_thread(verify, folder)
-        await self.system.load(folder, state["system"])
+    async def _load(self, found: Found) -> None:
+        state = found.state
+        self.display.note(f"resuming from step {found.step}")
+        await self.system.load(found.folder, state["system"])
         self.controller.load_state(state["controller"])
         self.evaluator.load_state(state["evaluator"])
         self.alarms.load_state_dict(state["alarms"])
         self.watch.load_state(state["watch"])
         self.warm = state["warm"]
         self.earlier_seconds = state["seconds"]
-        self.log.truncate_after(self.controller.step)
+        self.checkpoints.supersede(found.step)
+        self._write_config()
+        self.log.truncate_after(found.step)
         self.rows = read_metrics(self.log.path)
+
+    def _write_config(self) -> None:
+        write_whole(self.config.folder / "config.toml", to_toml(self.config))
 
     def _report(self, evaluation: dict[str, dict[str, Any]], memory: dict[str, float]) -> None:
         from services.report import print_report, write_report, write_summary

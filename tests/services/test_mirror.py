@@ -58,14 +58,14 @@ def test_what_is_pulled_is_what_was_pushed(tmp_path: Path, url: str) -> None:
     (here / ".best.partial" / "half").write_text("unfinished")
     mirror = Mirror(here, url)
     assert mirror.empty()
-    assert mirror.newest() is None
+    assert mirror.steps() == []
     first = mirror.push()
     assert mirror.push() == 0, "nothing has changed"
 
     _checkpoint(here, 4)
     (here / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
     assert 0 < mirror.push() < 2 * first, "only the new checkpoint and the changed file"
-    assert Mirror(elsewhere, url).newest() == 4
+    assert Mirror(elsewhere, url).steps()[-1] == 4
 
     assert fetch_newer(_config(elsewhere.parent, url)) == 4
     found = _files(elsewhere)
@@ -105,10 +105,10 @@ def test_a_broken_push_leaves_no_half_checkpoint(
     monkeypatch.setattr(broken, "_upload", fails_at_weights)
     with pytest.raises(OSError, match="connection lost"):
         broken.push()
-    assert Mirror(here, url).newest() == 1
+    assert Mirror(here, url).steps()[-1] == 1
     monkeypatch.undo()
     broken.push()
-    assert Mirror(here, url).newest() == 2
+    assert Mirror(here, url).steps()[-1] == 2
 
 
 def test_a_broken_push_pairs_no_new_model_with_an_old_record(
