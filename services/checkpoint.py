@@ -8,10 +8,12 @@ without a manifest. A folder whose files do not match its manifest is refused by
 on to the one before it.
 """
 
+import errno
 import json
 import re
 import shutil
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ STATE = "state.json"
 CONFIG = "config.toml"
 """The run's configuration when the checkpoint was written, everything resolved."""
 FORMAT = 4
+SUPERSEDED = ".superseded-"
 _NAME = re.compile(r"(?:\.partial-)?step-([0-9]{6,})")
 
 
@@ -77,12 +80,17 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """An empty folder to write step `step`'s parts into; what earlier attempts left unfinished is
         removed.
+
+        Raises:
+            OSError: it cannot be made, or the disk has no room for a checkpoint as large as the newest.
         """
         self.finish()
-        for left in (*self.root.glob(".partial-step-*"), *self.root.glob(".*removed*")):
-            shutil.rmtree(left)
+        for left in self.leftovers():
+            if not left.name.startswith(SUPERSEDED):
+                shutil.rmtree(left)
         partial = self._partial(step)
         partial.mkdir(parents=True)
+        self._require_room()
         return partial
 
     def commit(self, step: int, state: dict[str, Any]) -> Path:
@@ -93,7 +101,7 @@ class Checkpoints:
         self.finish()
         for old in self.steps()[: -self.keep]:
             self.remove(self.folder(old))
-        for given_up in self.root.glob(".superseded-step-*"):
+        for given_up in self.root.glob(f"{SUPERSEDED}*"):
             self.remove(given_up)
         return self.folder(step)
 
@@ -105,9 +113,9 @@ class Checkpoints:
         """Put every checkpoint after `step`, which a run has gone on from, out of sight; the next `commit`
         deletes them."""
         self.finish()
-        for later, folder in self._folders().items():
+        for later, folder in self.folders().items():
             if later > step:
-                put_in_place(folder, self.root / f".superseded-{folder.name}")
+                put_in_place(folder, self.root / f"{SUPERSEDED}{folder.name}")
 
     def remove(self, folder: Path) -> None:
         """Delete a checkpoint; it is out of sight before it is broken."""
@@ -118,11 +126,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a sealed checkpoint, oldest first."""
-        return sorted(step for step, folder in self._folders().items() if (folder / MANIFEST).is_file())
+        return sorted(step for step, folder in self.folders().items() if (folder / MANIFEST).is_file())
 
     def folder(self, step: int) -> Path:
         """Where step `step`'s checkpoint is, or would be."""
-        return self._folders().get(step, self.root / f"step-{step:06d}")
+        return self.folders().get(step, self.root / f"step-{step:06d}")
 
     def newest(self) -> Path | None:
         """Folder of the newest sealed checkpoint, whole or not."""
@@ -136,7 +144,7 @@ class Checkpoints:
             CheckpointError: none of those there are is whole; says why of each.
         """
         skipped: list[str] = []
-        for each in sorted(self._folders(), reverse=True):
+        for each in sorted(self.folders(), reverse=True):
             if step in (None, each):
                 try:
                     return Found(each, self.folder(each), verify(self.folder(each)), skipped)
@@ -146,11 +154,17 @@ class Checkpoints:
             raise CheckpointError("; ".join(skipped))
         return None
 
+    def _require_room(self) -> None:
+        for step in self.steps()[-1:]:
+            with suppress(CheckpointError):
+                require_room(self.root, read_manifest(self.folder(step)).size)
+
     def _partial(self, step: int) -> Path:
         return self.root / f".partial-step-{step:06d}"
 
-    def _folders(self) -> dict[int, Path]:
-        """Folders by step; one that was sealed and not yet renamed is newer than the one it replaces."""
+    def folders(self) -> dict[int, Path]:
+        """Folders by step, broken ones too; one that was sealed and not yet renamed is newer than the one it
+        replaces."""
         found: dict[int, Path] = {}
         for path in sorted(self.root.glob("*step-*"), reverse=True):  # hidden ones last
             step = step_of(path.name)
@@ -159,11 +173,23 @@ class Checkpoints:
                 found[step] = path
         return found
 
+    def leftovers(self) -> list[Path]:
+        """What attempts left unfinished, what was not deleted to its end, and what was superseded."""
+        taken = self.folders().values()
+        return sorted(path for path in self.root.glob(".*step-*") if path not in taken and path.is_dir())
+
     def finish(self) -> None:
         """Rename what was sealed and, as its process was killed, not renamed any more."""
-        for step, folder in self._folders().items():
+        for step, folder in self.folders().items():
             if folder == self._partial(step):
                 put_in_place(folder, self.root / f"step-{step:06d}")
+
+
+def require_room(place: Path, size: int) -> None:
+    """Raise OSError where the disk has not so many bytes free."""
+    if (free := shutil.disk_usage(place).free) < size:
+        said = f"{free / 2**20:.0f} MiB free, and a checkpoint takes {size / 2**20:.0f}"
+        raise OSError(errno.ENOSPC, said, str(place))
 
 
 def seal(folder: Path, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rollout.data import DataError
+from services.checkpoint_commands import checkpoints
 from services.config import Config, ConfigError, load
 from services.config_text import to_toml
 from services.export import EXPORTED_CONFIG
@@ -26,6 +27,9 @@ EXAMPLE_ASSETS = {
     "debian": ("smollm2", "minilm", "debian-synopses"),
 }
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+app.add_typer(checkpoints, name="checkpoint")
 
 
 @app.command(context_settings=OVERRIDES)

@@ -12,7 +12,7 @@ from rollout.data import DataSplits
 from rollout.files import read_record
 from rollout.prompts import PromptSource
 from rollout.templates import Renderer
-from services.checkpoint import CONFIG, Checkpoints, Found, read_manifest
+from services.checkpoint import CONFIG, Checkpoints, Found, read_manifest, require_room
 from services.code_version import code_version
 from services.config import Config, ConfigError
 from services.lease import LEASE, wait_until_free
@@ -131,9 +131,10 @@ def _check_place(folder: Path) -> None:
 
 
 def _check_records(folder: Path, found: Found) -> None:
-    """What a resumed run reads beside the checkpoint is readable."""
+    """What a resumed run reads beside the checkpoint is readable, and there is room for the next one."""
     read_best(folder)
     read_metrics(folder / "metrics.jsonl", found.step)
+    require_room(folder, read_manifest(found.folder).size)
 
 
 def _check_open(config: Config, found: Found) -> None:

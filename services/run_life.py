@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.console import Console
 from rollout.data import DataSplits
 from rollout.files import write_whole
 from rollout.templates import Renderer
-from services.checkpoint import CONFIG, Found
+from services.checkpoint import CONFIG, CheckpointError, Found
 from services.config import Config
 from services.config_text import to_toml
 from services.lease import Lease
@@ -24,6 +25,7 @@ from services.plan import ResourcePlan
 from services.ray_metrics import RunMetrics
 from services.resume_rules import settled
 from services.run_folder import BEGIN_ANEW, checkpoints_of
+from services.saving import Saver
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
@@ -74,6 +76,7 @@ class RunLife:
         if found is None:
             self._write_config()
         self.display = Display(config.run.steps, start, console)
+        self.saver = Saver(self.checkpoints, config.run.checkpoint_every, self.display.note)
         self.log = MetricsLog(config.folder)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.exported = RunMetrics(config)
@@ -113,7 +116,7 @@ class RunLife:
             self.console.print("stopped; the last finished checkpoint stays")
             await self.system.abort()
             return INTERRUPTED
-        except ShortcutRefusal as refusal:
+        except (ShortcutRefusal, CheckpointError) as refusal:
             self.console.print(str(refusal), markup=False)
             await self.system.abort()
             return FAILED
@@ -153,7 +156,7 @@ class RunLife:
             self.display.training()
             await self.controller.run(self._after_step)
             if self.controller.step not in self.checkpoints.steps():
-                await self._save()
+                await self._save(must=not self.controller.finished)
             self.controller.running = False  # a resume repeats what follows: a signal ends it at once
             if self.controller.stopping or not self.controller.finished:
                 await self.system.stop()
@@ -201,14 +204,14 @@ class RunLife:
             await self.system.export_discriminator(self.config.folder / "discriminator")
 
     async def _after_step(self, step: int) -> None:
-        run, evaluation = self.config.run, self.config.evaluation
+        evaluation = self.config.evaluation
         if step % evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
         elif evaluation.look_every and step % evaluation.look_every == 0:
             with self.controller.timer("look"):
                 self.row["monitor"] = await self.evaluator.look()
         self._record(step)
-        if run.checkpoint_every and step % run.checkpoint_every == 0:
+        if self.saver.due(step):
             await self._save()
 
     async def _evaluate(self, step: int) -> None:
@@ -267,25 +270,27 @@ class RunLife:
         if self.tracker is not None:
             self.tracker.alarms(raised)
 
-    async def _save(self) -> None:
+    async def _save(self, *, must: bool = False) -> None:
         self.lease.check()
         with self.controller.timer("checkpoint"):
             await self.controller.quiesce()
-            step = self.controller.step
-            folder = self.checkpoints.begin(step)
-            (folder / CONFIG).write_text(to_toml(settled(self.config)), encoding="utf-8")
-            system = await self.system.save(folder)
-            state = {
-                "system": system,
-                "controller": self.controller.state(),
-                "evaluator": self.evaluator.state(),
-                "alarms": self.alarms.state_dict(),
-                "watch": self.watch.state(),
-                "warm": self.warm,
-                "seconds": self.elapsed,
-            }
-            await asyncio.to_thread(self.checkpoints.commit, step, state)
-        await self._copy()
+            saved = await self.saver.save(self.controller.step, self._write, must=must)
+        if saved:
+            await self._copy()
+
+    async def _write(self, folder: Path) -> dict[str, Any]:
+        """Write all but its state into a checkpoint's folder, and return that."""
+        (folder / CONFIG).write_text(to_toml(settled(self.config)), encoding="utf-8")
+        system = await self.system.save(folder)
+        return {
+            "system": system,
+            "controller": self.controller.state(),
+            "evaluator": self.evaluator.state(),
+            "alarms": self.alarms.state_dict(),
+            "watch": self.watch.state(),
+            "warm": self.warm,
+            "seconds": self.elapsed,
+        }
 
     async def _copy(self) -> bool:
         """Bring the run's copy up to date; False when that failed, which is said."""

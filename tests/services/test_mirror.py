@@ -200,3 +200,85 @@ def test_storage_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyte
     url = "s3://bucket/x?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:9"
     with pytest.raises(ConfigError, match=r"run\.mirror .* cannot be read"):
         refuse_used(_config(tmp_path, url))
+
+
+def test_of_a_copy_with_a_broken_newest_one_the_one_before_is_fetched(tmp_path: Path, url: str) -> None:
+    here, elsewhere = tmp_path / "here" / "r", tmp_path / "elsewhere" / "r"
+    for step in (1, 2):
+        _checkpoint(here, step)
+    Mirror(here, url).push()
+    (here / "checkpoints" / "step-000002" / "weights.bin").write_bytes(b"torn")
+    Mirror(here, url).push()
+    assert fetch_newer(_config(elsewhere.parent, url)) == 1
+    found = Checkpoints(elsewhere / "checkpoints", 2).newest_whole()
+    assert found is not None
+    assert (found.step, len(found.skipped)) == (1, 1)
+
+
+def test_a_broken_newest_checkpoint_here_is_fetched_from_the_copy(tmp_path: Path, url: str) -> None:
+    here = tmp_path / "r"
+    for step in (1, 2):
+        _checkpoint(here, step)
+    Mirror(here, url).push()
+    whole = _files(here)
+    (here / "checkpoints" / "step-000002" / "weights.bin").write_bytes(b"torn")
+    assert fetch_newer(_config(tmp_path, url)) == 2
+    assert _files(here) == whole
+
+
+def test_a_step_is_fetched_without_touching_what_is_newer_here(tmp_path: Path, url: str) -> None:
+    here = tmp_path / "r"
+    _checkpoint(here, 1)
+    (here / "metrics.jsonl").write_text("1\n")
+    Mirror(here, url).push()
+    shutil.rmtree(here / "checkpoints")
+    _checkpoint(here, 3)
+    (here / "metrics.jsonl").write_text("1\n3\n")
+    assert fetch_newer(_config(tmp_path, url), step=2) is None
+    assert fetch_newer(_config(tmp_path, url), step=1) == 1
+    assert fetch_newer(_config(tmp_path, url), step=1) is None
+    assert Checkpoints(here / "checkpoints", 2).steps() == [1, 3]
+    assert (here / "metrics.jsonl").read_text() == "1\n3\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "samples/../../outside", "/outside", "checkpoints/step-000001/../../../outside", "a\0b"],
+)
+def test_no_object_is_written_outside_the_runs_folder(tmp_path: Path, name: str) -> None:
+    """Object stores take any name; a file system does not, so the list is made up here."""
+    here, elsewhere = tmp_path / "here" / "r", tmp_path / "elsewhere" / "r"
+    _checkpoint(here, 1)
+    url = f"file://{tmp_path}/storage"
+    Mirror(here, url).push()
+    mirror = Mirror(elsewhere, url)
+    names = mirror._listed()
+    (tmp_path / "storage" / "outside").write_text("x")
+    (tmp_path / "storage" / "r" / "samples").mkdir()
+    mirror._listed = lambda: [name, *names]  # type: ignore[method-assign]
+    elsewhere.mkdir(parents=True)
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(elsewhere)}
+    with pytest.raises(ValueError, match="leads out of"):
+        mirror.pull(1)
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(elsewhere)} == before | {
+        elsewhere.parent
+    }
+    assert Checkpoints(elsewhere / "checkpoints", 1).newest_whole() is None
+
+
+def test_hidden_files_and_rays_own_do_not_come_from_a_copy(tmp_path: Path, url: str) -> None:
+    here, elsewhere = tmp_path / "here" / "r", tmp_path / "elsewhere" / "r"
+    _checkpoint(here, 1)
+    mirror = Mirror(here, url)
+    mirror.push()
+    for name in (".lease", ".best/samples/best.json", "ray/x", "samples/.x"):
+        mirror._upload(here / "checkpoints" / "step-000001" / "state.json", name)
+    assert fetch_newer(_config(elsewhere.parent, url)) == 1
+    assert {name.split("/")[0] for name in _files(elsewhere)} == {"checkpoints"}
+
+
+def test_a_copy_in_the_runs_own_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for place in (tmp_path, tmp_path / "link", tmp_path / "r", tmp_path / "r" / "best"):
+        with pytest.raises(ConfigError, match=r"run\.mirror .* the copy would lie in the run's own folder"):
+            Mirror(tmp_path / "r", f"file://{place}")
