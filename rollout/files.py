@@ -8,7 +8,7 @@ damaged, and may come from elsewhere.
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 Record = TypeVar("Record", bound=BaseModel)
+Result = TypeVar("Result")
 
 
 def write_whole(path: Path, content: str | bytes, *, lasting: bool = True) -> Path:
@@ -91,12 +92,19 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         ValueError: the file is damaged; one sentence that names it and the field.
         OSError: it cannot be read.
     """
+    content = path.read_bytes()
+    return parsed(str(path), lambda: kind.model_validate_json(content))
+
+
+def parsed(place: str, parse: Callable[[], Result]) -> Result:
+    """What `parse`, a pydantic validation, returns. Raises ValueError where it does not: one sentence that
+    names the place and the field."""
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return parse()
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in found["loc"])
-        raise ValueError(f"{path} is damaged ({printable(where + found['msg'])})") from None
+        raise ValueError(f"{place} is damaged ({printable(where + found['msg'])})") from None
 
 
 def inside(folder: Path, name: str) -> Path:

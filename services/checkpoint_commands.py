@@ -49,11 +49,10 @@ def prune(
     """Remove all checkpoints but the newest whole ones, and what interrupted attempts left."""
     of_run = _of(run)
     wait_until_free(run)
+    of_run.finish()
     whole = [folder for _, folder in sorted(of_run.folders().items(), reverse=True) if _is_whole(folder)]
     if not whole:
-        raise ConfigError(
-            f"{run} has no whole checkpoint; nothing was removed (see `rlgaf checkpoint verify`)"
-        )
+        raise ConfigError(f"{run} has no whole checkpoint; nothing was removed")
     for folder in (*of_run.folders().values(), *of_run.leftovers()):
         if folder not in whole[:keep]:
             of_run.remove(folder)

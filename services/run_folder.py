@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from rollout.data import DataSplits
-from rollout.files import read_record
+from rollout.files import parsed, read_record
 from rollout.prompts import PromptSource
 from rollout.templates import Renderer
-from services.checkpoint import CONFIG, Checkpoints, Found, read_manifest, require_room
+from services.checkpoint import CONFIG, STATE, Checkpoints, Found, read_manifest, require_room
 from services.code_version import code_version
 from services.config import Config, ConfigError
 from services.lease import LEASE, wait_until_free
@@ -41,11 +41,26 @@ class _Summary(BaseModel):
 
 
 class _Early(BaseModel):
-    looks: int = 0
+    looks: NonNegativeInt = 0
+
+
+class _Cursor(BaseModel):
+    epoch: NonNegativeInt
+    position: NonNegativeInt
+    seed: int
+    prompts: str
 
 
 class _Loop(BaseModel):
+    step: NonNegativeInt
     early: _Early = _Early()
+    prompts: _Cursor | None = None
+
+
+class _State(BaseModel):
+    """What is read of a checkpoint's state before the run's processes are there."""
+
+    controller: _Loop
 
 
 def checkpoints_of(config: Config) -> Checkpoints:
@@ -105,9 +120,10 @@ def check_cursor(config: Config, splits: DataSplits, renderer: Renderer, found: 
     Raises:
         DataError: they are others.
     """
-    if cursor := found.state.get("controller", {}).get("prompts"):
+    if cursor := _loop(found).prompts:
         prompts, run = splits.rollout_prompts(), config.run
-        PromptSource(prompts, renderer.encode, config.sampling.group_size, run.seed).load_state(cursor)
+        source = PromptSource(prompts, renderer.encode, config.sampling.group_size, run.seed)
+        source.load_state(cursor.model_dump())
 
 
 def read_best(folder: Path) -> Best | None:
@@ -140,15 +156,20 @@ def _check_records(folder: Path, found: Found) -> None:
 def _check_open(config: Config, found: Found) -> None:
     """There is something left to do."""
     folder, step = config.folder, found.step
+    if _loop(found).step != step:
+        raise ValueError(f"{found.folder}: its state is that of step {_loop(found).step}")
     if step != _summed_up(folder):
         return
     if step >= config.run.steps:
         raise ValueError(f"{folder} has done {step} of {config.run.steps} steps; raise run.steps to go on")
-    loop = _Loop.model_validate(found.state.get("controller", {}))
-    if loop.early.looks >= config.learner.sft.patience:
+    if _loop(found).early.looks >= config.learner.sft.patience:
         raise ValueError(
             f"{folder} has ended by early stopping at step {step}; raise learner.sft.patience to go on"
         )
+
+
+def _loop(found: Found) -> _Loop:
+    return parsed(str(found.folder / STATE), lambda: _State.model_validate(found.state)).controller
 
 
 def _summed_up(folder: Path) -> int | None:
