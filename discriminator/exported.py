@@ -5,13 +5,13 @@ body's architecture and tokenizer come from the model the run started from, whic
 the same name.
 """
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict
+
 from discriminator.config import DiscriminatorConfig
-from rollout.files import whole_folder
+from rollout.files import read_record, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,10 @@ WEIGHTS = "weights.safetensors"
 DESCRIPTION = "discriminator.json"
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(BaseModel):
     """What the folder says beside the weights."""
+
+    model_config = ConfigDict(protected_namespaces=())
 
     version: int
     checksum: str
@@ -39,25 +40,25 @@ def write_exported(
     """Write the folder, in place of an earlier one."""
     from safetensors.torch import save_file
 
-    description = {
-        "version": published.version,
-        "checksum": published.checksum,
-        "model": model,
-        "model_dtype": model_dtype,
-        "config": config.model_dump(mode="json"),
-    }
+    description = Exported(
+        version=published.version,
+        checksum=published.checksum,
+        model=model,
+        model_dtype=model_dtype,
+        config=config,
+    )
     with whole_folder(folder) as partial:
         partial.mkdir()
         save_file(published.state, partial / WEIGHTS)
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        (partial / DESCRIPTION).write_text(description.model_dump_json(indent=1))
 
 
 def read_exported(folder: Path) -> Exported:
-    """Raises FileNotFoundError when the folder holds no discriminator."""
+    """Raises FileNotFoundError when the folder holds no discriminator, ValueError when what it says of it is
+    damaged."""
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}: a run writes it when it ends")
-    raw = json.loads((folder / DESCRIPTION).read_text())
-    return Exported(**raw | {"config": DiscriminatorConfig.model_validate(raw["config"])})
+    return read_record(folder / DESCRIPTION, Exported)
 
 
 def exported_state(folder: Path) -> "dict[str, Tensor]":

@@ -94,13 +94,16 @@ class Checkpoints:
         return partial
 
     def commit(self, step: int, state: dict[str, Any]) -> Path:
-        """Seal the folder begun for `step` with `state` (JSON) and the manifest; prune older checkpoints."""
+        """Seal the folder begun for `step` with `state` (JSON) and the manifest; prune what is older than the
+        newest `keep` that look whole."""
         partial = self._partial(step)
         (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True))
         seal(partial, step)
         self.finish()
-        for old in self.steps()[: -self.keep]:
-            self.remove(self.folder(old))
+        kept = [each for each, folder in self.folders().items() if looks_whole(folder)][-self.keep :]
+        for old, folder in self.folders().items():
+            if old < kept[0]:
+                self.remove(folder)
         for given_up in self.root.glob(f"{SUPERSEDED}*"):
             self.remove(given_up)
         return self.folder(step)
@@ -163,15 +166,15 @@ class Checkpoints:
         return self.root / f".partial-step-{step:06d}"
 
     def folders(self) -> dict[int, Path]:
-        """Folders by step, broken ones too; one that was sealed and not yet renamed is newer than the one it
-        replaces."""
+        """Folders by step, oldest first, broken ones too; one that was sealed and not yet renamed is newer
+        than the one it replaces."""
         found: dict[int, Path] = {}
-        for path in sorted(self.root.glob("*step-*"), reverse=True):  # hidden ones last
+        for path in sorted(self.root.glob("*step-*"), reverse=True):  # hidden ones come last and count
             step = step_of(path.name)
             hidden = path.name.startswith(".")
             if step is not None and path.is_dir() and (not hidden or (path / MANIFEST).is_file()):
                 found[step] = path
-        return found
+        return dict(sorted(found.items()))
 
     def leftovers(self) -> list[Path]:
         """What attempts left unfinished, what was not deleted to its end, and what was superseded."""
@@ -219,6 +222,15 @@ def read_manifest(folder: Path) -> Manifest:
     if step_of(folder.name) not in (None, manifest.step):
         raise CheckpointError(f"{folder}: {MANIFEST} is that of step {manifest.step}")
     return manifest
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there and as long as they should be; no content is read."""
+    try:
+        files = read_manifest(folder).files
+        return all((folder / name).stat().st_size == said.bytes for name, said in files.items())
+    except (CheckpointError, OSError):
+        return False
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import psutil
-from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from rollout.files import printable, write_whole
 
 Row = dict[str, Any]
-_STEP = TypeAdapter(NonNegativeInt)
+_STEP = TypeAdapter(Annotated[int, Field(strict=True, ge=0)])
 _INT64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _ROW: TypeAdapter[Row] = TypeAdapter(dict[str, bool | _INT64 | FiniteFloat | str | dict[str, _INT64] | None])
 
@@ -88,6 +88,9 @@ class MetricsLog:
         self._tensorboard = tensorboard
         self._clock = clock
         self._file: Any = None
+        self._pending = b""
+        self.problem = ""
+        """Why the last row is not in the file yet; empty where it is."""
         self._writer: Any = None
         self._last: int | None = None
         self._purge: int | None = None
@@ -116,14 +119,23 @@ class MetricsLog:
         row = {"step": step, "time": self._clock(), **expand_lists(flat)}
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(_line(row))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            self._file = self.path.open("ab", buffering=0)
+        self._write(_line(row))
         self._last = step
         if self._tensorboard:
             self._write_events(step, flat, row)
         return row
+
+    def _write(self, text: str) -> None:
+        """Append what could not be written before, and this; what a full disk does not take stays here."""
+        self._pending += text.encode()
+        self.problem = ""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.problem = f"{self.path} could not be written: {error.strerror}; its rows are kept for later"
 
     def _write_events(self, step: int, flat: Row, row: Row) -> None:
         if self._writer is None:

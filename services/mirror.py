@@ -3,21 +3,26 @@
 Protocol: `push` after every checkpoint and at the end; `pull` before a run goes on. Invariant: the manifest
 of a checkpoint is the last of its files to arrive, on either side, and the first to go, so a checkpoint that
 is listed with its manifest is whole at every moment. The record of the best policy seals its model and
-responses in the same way, and arrives before the manifest of a checkpoint made after it.
+responses in the same way, and arrives before the manifest of a checkpoint made after it. A copy belongs to
+the run that made it, by an identity that both folders hold; another run of its name does not touch it.
 """
 
 import os
 import threading
+import uuid
 from pathlib import Path, PurePath, PurePosixPath
 
 from pyarrow import fs
 
-from rollout.files import inside, whole_file
+from rollout.files import inside, whole_file, write_whole
 from services.checkpoint import MANIFEST, CheckpointError, Checkpoints, step_of
 from services.config import Config, ConfigError
 from services.run_folder import BEST_RECORD
 
 CHECKPOINTS = "checkpoints"
+IDENTITY = "run.id"
+"""File of the run's folder, and of its copy, that says whose copy it is."""
+PROBE = ".write-test"
 NOT_COPIED = "ray"
 """Ray Train's own folder; hidden files and folders, which are unfinished, stay behind too."""
 
@@ -54,11 +59,12 @@ class Mirror:
         """Copy what is new or has changed, and remove what is gone here; returns bytes copied.
 
         Raises:
-            OSError: the storage failed, or an earlier push has not ended yet.
+            OSError: the storage failed, the copy is another run's, or an earlier push has not ended yet.
         """
         if not self._busy.acquire(blocking=False):
             raise OSError("the copy begun earlier is still under way")
         try:
+            self._claim()
             here, there = self._local(), set(self._listed())
             stats = {name: path.stat() for name, path in here.items()}
             stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
@@ -104,6 +110,24 @@ class Mirror:
         """Whether nothing of this run is there. Raises OSError when the storage cannot be read."""
         return not self._listed()
 
+    def try_writing(self) -> None:
+        """Write something and remove it. Raises OSError when the storage takes nothing."""
+        target = self._target(PROBE)
+        with self.remote.open_output_stream(target) as stream:
+            stream.write(b"x")
+        self.remote.delete_file(target)
+
+    def _claim(self) -> None:
+        """Mark the copy as this run's: another's checkpoints would be removed as what is gone here."""
+        own = self.folder / IDENTITY
+        if not own.exists():
+            write_whole(own, uuid.uuid4().hex)
+        if self.remote.get_file_info(f"{self.base}/{IDENTITY}").type == fs.FileType.NotFound:
+            self._upload(own, IDENTITY)
+        with self.remote.open_input_stream(f"{self.base}/{IDENTITY}") as stream:
+            if stream.read() != own.read_bytes():
+                raise OSError("another run of this name is copied there; give one of them another run.name")
+
     def _local(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for path in self.folder.rglob("*"):
@@ -117,15 +141,19 @@ class Mirror:
         return [info.path.removeprefix(f"{self.base}/") for info in found if info.type == fs.FileType.File]
 
     def _upload(self, path: Path, name: str) -> None:
-        target = f"{self.base}/{name}"
-        if self.remote.type_name == "local":  # object stores have no folders to be made
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
         fs.copy_files(
             str(path),
-            target,
+            self._target(name),
             source_filesystem=fs.LocalFileSystem(),
             destination_filesystem=self.remote,
         )
+
+    def _target(self, name: str) -> str:
+        """Where a file is written in the storage."""
+        target = f"{self.base}/{name}"
+        if self.remote.type_name == "local":  # object stores have no folders to be made
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        return target
 
     def _remove(self, names: set[str]) -> None:
         for name in sorted(names, key=_seals_last, reverse=True):
@@ -165,13 +193,19 @@ def _whole_step(folder: Path, step: int | None) -> int:
     return found.step if found is not None else -1
 
 
-def refuse_used(config: Config) -> None:
-    """Raise ConfigError where a new run would be copied over an earlier one's copy, or cannot be copied."""
+def check_mirror(config: Config, *, new: bool) -> None:
+    """The storage can be written to, and a new run is not copied over an earlier one's copy.
+
+    Raises:
+        ConfigError: names what it is.
+    """
+    mirror = Mirror(config.folder, config.run.mirror)
     try:
-        free = Mirror(config.folder, config.run.mirror).empty()
+        used = new and not mirror.empty()
+        mirror.try_writing()
     except OSError as error:
-        raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read: {error}') from None
-    if not free:
+        raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read or written: {error}') from None
+    if used:
         raise ConfigError(
             f'run.mirror = "{config.run.mirror}" holds a run named {config.run.name} already; nothing was '
             "overwritten. Use --resume to go on with it, or another run.name"

@@ -10,11 +10,13 @@ configuration says otherwise: `policy.dtype = "auto"`, and the end of a schedule
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
 from pydantic import BaseModel
 
+from rollout.files import parsed
 from services.config import Config
 from services.config_text import to_toml, toml_value
 
@@ -101,7 +103,10 @@ def settled_by(before: Flat, config: Config) -> Config:
     """
     for name, still_open in LEFT_OPEN.items():
         if _value(config, name) == still_open and name in before:
-            config = _with(config, name, before[name])
+            changed = _with(config, name, before[name])
+            config = parsed(
+                "the checkpoint's configuration", partial(Config.model_validate, changed.model_dump())
+            )
     for name, updates in horizons(config).items():
         ends = before.get(name)
         if _value(config, name) is not None or not isinstance(ends, int):

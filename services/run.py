@@ -13,11 +13,11 @@ from services.input_checks import check_data, check_other_models, check_user_fun
 from services.jobs.resumption import find_checkpoint, wait_for_an_earlier_driver
 from services.lease import Lease
 from services.methods import method_title, not_read
-from services.mirror import refuse_used
+from services.mirror import check_mirror
 from services.plan import local_gpus, resource_plan
 from services.ray_cluster import ray_cluster
 from services.report import make_console
-from services.run_folder import check_cursor, check_folder, check_resume
+from services.run_folder import check_data_of, check_folder, check_resume
 from services.run_life import RunLife
 from services.wandb_run import WandbRun
 
@@ -56,9 +56,9 @@ def run(config: Config, *, resume: bool, auto: bool = False, from_step: int | No
     found = find_checkpoint(config, auto=auto, step=from_step, say=say) if resume else None
     if found is not None:
         config = check_resume(config, found, say)
-        check_cursor(config, splits, renderer, found)
-    elif config.run.mirror:
-        refuse_used(config)
+        check_data_of(config, splits, renderer, found)
+    if config.run.mirror:
+        check_mirror(config, new=found is None)
     for report in splits.reports:
         console.print(f"data: {report.summary()}", markup=False)
     console.print(

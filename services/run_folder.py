@@ -1,5 +1,7 @@
 """What may be done with a run's folder before anything is written to it."""
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from rollout.data import DataSplits
+from rollout.data import SPLITS, DataError, DataSplits
 from rollout.files import parsed, read_record
 from rollout.prompts import PromptSource
 from rollout.templates import Renderer
@@ -18,6 +20,7 @@ from services.config import Config, ConfigError
 from services.lease import LEASE, wait_until_free
 from services.metrics import read_metrics
 from services.resume_rules import compare, flat_config, settled_by
+from services.wandb_run import known_id
 
 Say = Callable[[str], None]
 LEFT_BY_A_FAILED_START = {"config.toml", "ray", "tensorboard", LEASE}
@@ -61,6 +64,7 @@ class _State(BaseModel):
     """What is read of a checkpoint's state before the run's processes are there."""
 
     controller: _Loop
+    data: dict[str, str] = {}
 
 
 def checkpoints_of(config: Config) -> Checkpoints:
@@ -114,8 +118,8 @@ def check_resume(config: Config, found: Found, say: Say) -> Config:
     return config
 
 
-def check_cursor(config: Config, splits: DataSplits, renderer: Renderer, found: Found) -> None:
-    """The training prompts are those the checkpoint was made with; `sft` keeps no cursor.
+def check_data_of(config: Config, splits: DataSplits, renderer: Renderer, found: Found) -> None:
+    """The data are those the checkpoint was made with.
 
     Raises:
         DataError: they are others.
@@ -124,6 +128,22 @@ def check_cursor(config: Config, splits: DataSplits, renderer: Renderer, found: 
         prompts, run = splits.rollout_prompts(), config.run
         source = PromptSource(prompts, renderer.encode, config.sampling.group_size, run.seed)
         source.load_state(cursor.model_dump())
+    before, now = _state(found).data, data_digests(splits)
+    if others := [name for name in now if before.get(name, now[name]) != now[name]]:
+        raise DataError(
+            f"the data of the splits {', '.join(others)} are not those of the checkpoint; resume with the "
+            "data it was made with"
+        )
+
+
+def data_digests(splits: DataSplits) -> dict[str, str]:
+    """A digest of each split's prompts and answers, whatever their order."""
+    found = {}
+    for name in SPLITS:
+        table = getattr(splits, name)
+        pairs = sorted(zip(table["prompt_id"].to_pylist(), table["response"].to_pylist(), strict=True))
+        found[name] = hashlib.blake2b(json.dumps(pairs).encode(), digest_size=8).hexdigest()
+    return found
 
 
 def read_best(folder: Path) -> Best | None:
@@ -149,6 +169,7 @@ def _check_place(folder: Path) -> None:
 def _check_records(folder: Path, found: Found) -> None:
     """What a resumed run reads beside the checkpoint is readable, and there is room for the next one."""
     read_best(folder)
+    known_id(folder)
     read_metrics(folder / "metrics.jsonl", found.step)
     require_room(folder, read_manifest(found.folder).size)
 
@@ -168,8 +189,12 @@ def _check_open(config: Config, found: Found) -> None:
         )
 
 
+def _state(found: Found) -> _State:
+    return parsed(str(found.folder / STATE), lambda: _State.model_validate(found.state))
+
+
 def _loop(found: Found) -> _Loop:
-    return parsed(str(found.folder / STATE), lambda: _State.model_validate(found.state)).controller
+    return _state(found).controller
 
 
 def _summed_up(folder: Path) -> int | None:

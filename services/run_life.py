@@ -24,7 +24,7 @@ from services.mirror import Mirror
 from services.plan import ResourcePlan
 from services.ray_metrics import RunMetrics
 from services.resume_rules import settled
-from services.run_folder import BEGIN_ANEW, checkpoints_of
+from services.run_folder import BEGIN_ANEW, checkpoints_of, data_digests
 from services.saving import Saver
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
@@ -76,6 +76,7 @@ class RunLife:
         if found is None:
             self._write_config()
         self.display = Display(config.run.steps, start, console)
+        self.data_digests = data_digests(splits)
         self.saver = Saver(self.checkpoints, config.run.checkpoint_every, self.display.note)
         self.log = MetricsLog(config.folder)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
@@ -247,6 +248,8 @@ class RunLife:
         """Write the step's row, raise alarms, show progress. Step 0 is the base's evaluation."""
         self.lease.check()
         row, self.row = self.log.log(step, {"wall_seconds": self.elapsed, **self.row}), {}
+        if self.log.problem:
+            self.display.note(self.log.problem)
         self.exported.step(row, self.rows[-1] if self.rows else None)
         if self.tracker is not None:
             self.tracker.step(row)
@@ -285,6 +288,7 @@ class RunLife:
         return {
             "system": system,
             "controller": self.controller.state(),
+            "data": self.data_digests,
             "evaluator": self.evaluator.state(),
             "alarms": self.alarms.state_dict(),
             "watch": self.watch.state(),

@@ -1,6 +1,10 @@
 """Run folders as `rlgaf train` leaves them, for what reads them."""
 
 import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +68,16 @@ def finished_run(folder: Path, seed: int, method: str = "rlgaf", best: float = 0
         {"step": 60, "time": 950.0, "wall_seconds": 150.0},
     )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def full_disk(room: int = 50_000) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -21,12 +21,14 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import TypeAdapter
 
-from rollout.files import write_whole
+from rollout.files import parsed, write_whole
 from services.config import ConfigError
 from services.plan import cpu_torch
 
@@ -93,11 +95,13 @@ def folder() -> Path:
 
 def known(port: int) -> LocalCluster | None:
     """The running cluster that `up` started at this port."""
+    file = folder() / f"cluster-{port}.json"
     try:
-        state = json.loads((folder() / f"cluster-{port}.json").read_text())
+        cluster = parsed(str(file), partial(TypeAdapter(LocalCluster).validate_json, file.read_bytes()))
     except FileNotFoundError:
         return None
-    cluster = LocalCluster(**{**state, "ports": Ports(**state["ports"])})
+    except ValueError as error:
+        raise ConfigError(f"{error}; end Ray with `ray stop` and remove the file") from None
     return cluster if cluster.running() else None
 
 

@@ -172,7 +172,7 @@ def fuzz(template: Config, place: Path, cases: int) -> None:
 
 
 def test_damage_is_passed_over_or_said(tmp_path):
-    fuzz(whole_run(tmp_path / "template"), tmp_path / "runs", 250)
+    fuzz(whole_run(tmp_path / "template"), tmp_path / "runs", 120)
 
 
 @pytest.mark.slow

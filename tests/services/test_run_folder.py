@@ -6,13 +6,17 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from run_folders import checkpointed
 
+from rollout.data import SPLITS, DataError, DataSplits
+from services.checkpoint import MANIFEST, STATE, seal
 from services.config import Config, ConfigError, load
 from services.jobs.resumption import find_checkpoint
-from services.run_folder import check_folder, check_resume
+from services.run_folder import check_data_of, check_folder, check_resume, data_digests
 
 
 def run_of(tmp_path: Path, **settings: object) -> Config:
@@ -239,3 +243,26 @@ def test_a_disk_that_takes_nothing_is_refused(tmp_path, monkeypatch, why):
 def test_looking_leaves_nothing_behind(tmp_path):
     check_folder(run_of(tmp_path), resume=False, auto=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def splits_of(**responses: str) -> DataSplits:
+    rows = {"prompt_id": ["a", "b"], "response": ["x", "y"]}
+    tables = {name: rows | {"response": ["x", responses.get(name, "y")]} for name in SPLITS}
+    return DataSplits(**{name: pa.table(table) for name, table in tables.items()}, extra_prompts=pa.table({}))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_other_answers_in_any_split_are_refused(tmp_path, split):
+    """A run of `sft` has no cursor that would notice."""
+    config = run_of(tmp_path, **{"run.method": "sft"})
+    folder = checkpointed(config, 4)
+    state = json.loads((folder / STATE).read_text()) | {"data": data_digests(splits_of())}
+    (folder / STATE).write_text(json.dumps(state))
+    (folder / MANIFEST).unlink()
+    seal(folder, 4)
+    found = find_checkpoint(config, auto=False, step=None, say=print)
+    assert found is not None
+    renderer: Any = None  # only a cursor needs one
+    check_data_of(config, splits_of(), renderer, found)
+    with pytest.raises(DataError, match=f"the data of the splits {split} are not those of the checkpoint"):
+        check_data_of(config, splits_of(**{split: "z"}), renderer, found)

@@ -1,14 +1,11 @@
 """A checkpoint that cannot be written is cleaned up and tried again, and the run goes on."""
 
 import asyncio
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import full_disk
 
 from learner.written import written
 from services.checkpoint import CheckpointError, Checkpoints
@@ -20,19 +17,6 @@ async def write(folder: Path) -> dict[str, Any]:
     problem = written(lambda: (folder / "learner" / "weights").write_bytes(bytes(100_000)) and None)
     await all_written(asyncio.sleep(0, [problem, ""]), asyncio.sleep(0))
     return {"of": "this"}
-
-
-@contextmanager
-def full_disk(room: int = 50_000) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond `room` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_run_outlives_a_disk_that_was_full_for_a_while(tmp_path):
