@@ -112,13 +112,14 @@ class Checkpoints:
         """Give the folder begun for `step` up, and its space back."""
         shutil.rmtree(self._partial(step), ignore_errors=True)
 
-    def supersede(self, step: int) -> None:
+    def supersede(self, step: int) -> list[int]:
         """Put every checkpoint after `step`, which a run has gone on from, out of sight; the next `commit`
-        deletes them."""
+        deletes them. Returns their steps."""
         self.finish()
-        for later, folder in self.folders().items():
-            if later > step:
-                put_in_place(folder, self.root / f"{SUPERSEDED}{folder.name}")
+        later = {each: folder for each, folder in self.folders().items() if each > step}
+        for folder in later.values():
+            put_in_place(folder, self.root / f"{SUPERSEDED}{folder.name}")
+        return list(later)
 
     def remove(self, folder: Path) -> None:
         """Delete a checkpoint; it is out of sight before it is broken."""

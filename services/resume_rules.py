@@ -51,14 +51,14 @@ REFUSED = {
     "data": "its prompts and splits were made with the other",
     "learner.lora": "its adapters were trained with the other",
     "discriminator.lora": "its adapters were trained with the other",
-    "discriminator.body": "its weights are of the other",
 }
 MODELS = ("policy.model", "discriminator.model")
 """Refused, unless it is a folder of the same name in another place."""
 LEFT_OPEN = {"policy.dtype": "auto"}
 """Fields that a run settles when it first starts, and the value that leaves them open."""
-SWITCHES = {"learner.advantage": "gae", "discriminator.spectral_norm": "none", "learner.gumbel.weight": 0.0}
-"""Refused where one side has this value and the other has not: it adds or drops weights that are trained."""
+PARTS = {"learner.advantage": "gae", "learner.kl_target": "none"}
+"""Fields with a value that adds a part to what a checkpoint holds (a critic), or one that takes it away
+(`none`): refused where the checkpoint lacks the part."""
 
 
 @dataclass
@@ -148,11 +148,15 @@ def _refused(name: str, old: Any, new: Any) -> str:
     if name in MODELS:
         moved = PurePath(str(old)).name == PurePath(str(new)).name
         return "" if moved else "its weights are of the other"
-    if name in SWITCHES:
-        return "it has not the same parts" if (old == SWITCHES[name]) != (new == SWITCHES[name]) else ""
+    if name in PARTS:
+        return "it lacks what that needs" if _has_part(name, new) and not _has_part(name, old) else ""
     if _under(name, NAMED):
         return ""
     return next((reason for place, reason in REFUSED.items() if _under(name, (place,))), "")
+
+
+def _has_part(name: str, value: Any) -> bool:
+    return (value == PARTS[name]) != (PARTS[name] == "none")
 
 
 def _free(name: str, exact: bool) -> bool:

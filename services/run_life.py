@@ -319,10 +319,12 @@ class RunLife:
         self.watch.load_state(state["watch"])
         self.warm = state["warm"]
         self.earlier_seconds = state["seconds"]
-        self.checkpoints.supersede(found.step)
+        later = self.checkpoints.supersede(found.step)
         self._write_config()
         self.log.truncate_after(found.step)
         self.rows = read_metrics(self.log.path)
+        if later:  # or whoever resumes from the copy before the next checkpoint would find them there
+            await self._copy()
 
     def _write_config(self) -> None:
         write_whole(self.config.folder / "config.toml", to_toml(self.config))

@@ -90,7 +90,7 @@ def test_what_a_run_did_not_go_on_from_is_out_of_sight_and_goes_with_the_next_on
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (4, 6):
         write(checkpoints, step)
-    checkpoints.supersede(4)
+    assert checkpoints.supersede(4) == [6]
     assert checkpoints.steps() == [4]
     assert (tmp_path / ".superseded-step-000006" / MANIFEST).exists(), "nothing is lost before there is more"
     write(checkpoints, 5)

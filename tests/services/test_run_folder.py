@@ -99,12 +99,11 @@ def test_a_run_goes_on_from_the_step_that_is_asked_for(tmp_path):
         ("run.seed", 1, "drawn with the other"),
         ("policy.model", "other", "weights are of the other"),
         ("discriminator.model", "other", "weights are of the other"),
-        ("discriminator.body", "causal", "weights are of the other"),
         ("learner.lora.rank", 8, "adapters"),
         ("learner.lora.alpha", 8.0, "adapters"),
         ("discriminator.lora.rank", 8, "adapters"),
-        ("learner.advantage", "gae", "not the same parts"),
-        ("discriminator.spectral_norm", 1.0, "not the same parts"),
+        ("learner.advantage", "gae", "lacks what that needs"),
+        ("learner.kl_target", 0.1, "lacks what that needs"),
         ("data.split_seed", 1, "splits"),
         ("data.test_fraction", 0.2, "splits"),
         ("data.prompt_template", "Q: {prompt}", "splits"),
@@ -128,6 +127,8 @@ def test_what_cannot_differ_is_refused_before_anything_is_written(tmp_path, fiel
         ("learner.lr", 1e-3),
         ("discriminator.level", "token"),
         ("discriminator.loss", "least_squares"),
+        ("discriminator.spectral_norm", 1.0),
+        ("learner.gumbel.weight", 0.5),
         ("discriminator.reward.form", "prob"),
         ("sampling.temperature", 0.5),
         ("run.max_policy_lag", 1),
@@ -145,6 +146,12 @@ def test_what_changes_the_run_is_named(tmp_path, field, other):
         f"changed: {name}" for name in (field, *more)
     )
     assert all("the checkpoint has" in line for line in said)
+
+
+def test_a_part_that_is_not_used_any_more_is_left_out(tmp_path):
+    checkpointed(run_of(tmp_path, **{"learner.advantage": "gae", "learner.kl_target": 0.1}), 4)
+    said = resumed(run_of(tmp_path))[1]
+    assert {line.split()[1] for line in said} == {"learner.advantage", "learner.kl_target"}
 
 
 FREE = {
