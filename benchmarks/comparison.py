@@ -20,12 +20,13 @@ from typing import Annotated
 import typer
 
 from benchmarks import store
-from benchmarks.document import replace_part, write_whole
+from benchmarks.document import replace_part
 from benchmarks.figures import Band, chart, over_steps
 from benchmarks.grids import BRAKES
 from benchmarks.lines import Column, Value, cost_line, of_test, results_table
 from benchmarks.run_folder import read_run
 from benchmarks.store import Result
+from rollout.files import write_whole
 from services.methods import Method
 
 DOCUMENT = Path("docs/results.md")

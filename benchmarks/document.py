@@ -1,7 +1,8 @@
 """Parts of a document that a program writes: what stands between their two markers."""
 
-import os
 from pathlib import Path
+
+from rollout.files import write_whole
 
 
 def markers(name: str, command: str) -> tuple[str, str]:
@@ -21,11 +22,3 @@ def replace_part(path: Path, name: str, command: str, text: str) -> None:
         raise ValueError(f"{path} needs, once and in this order, the lines\n{begin}\n{end}")
     before, after = whole[: whole.index(begin)], whole[whole.index(end) :]
     write_whole(path, f"{before}{begin}\n\n{text}\n\n{after}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.document import write_whole
+from rollout.files import write_whole
 from services.metrics import strict
 
 RESULTS = Path("benchmarks/results")

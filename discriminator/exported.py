@@ -6,14 +6,14 @@ path of the machine it was written on is in it.
 """
 
 import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict
+
 from discriminator.config import DiscriminatorConfig
 from rollout.config import without_places
-from rollout.files import readable
+from rollout.files import read_record, readable, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +24,10 @@ WEIGHTS = "weights.safetensors"
 DESCRIPTION = "discriminator.json"
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(BaseModel):
     """What the folder says beside the weights."""
+
+    model_config = ConfigDict(protected_namespaces=())
 
     version: int
     checksum: str
@@ -42,29 +43,27 @@ def write_exported(
     """Write the folder, in place of an earlier one."""
     from safetensors.torch import save_file
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(published.state, partial / WEIGHTS)
-    description = {
-        "version": published.version,
-        "checksum": published.checksum,
-        "model": model,
-        "model_dtype": model_dtype,
-        "config": config.model_dump(mode="json"),
-    }
-    (partial / DESCRIPTION).write_text(json.dumps(without_places(description), indent=1))
-    readable(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    description = Exported(
+        version=published.version,
+        checksum=published.checksum,
+        model=model,
+        model_dtype=model_dtype,
+        config=config,
+    )
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        save_file(published.state, partial / WEIGHTS)
+        told = without_places(description.model_dump(mode="json"))
+        (partial / DESCRIPTION).write_text(json.dumps(told, indent=1))
+        readable(partial)
 
 
 def read_exported(folder: Path) -> Exported:
-    """Raises FileNotFoundError when the folder holds no discriminator."""
+    """Raises FileNotFoundError when the folder holds no discriminator, ValueError when what it says of it is
+    damaged."""
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}: a run writes it when it ends")
-    raw = json.loads((folder / DESCRIPTION).read_text())
-    return Exported(**raw | {"config": DiscriminatorConfig.model_validate(raw["config"])})
+    return read_record(folder / DESCRIPTION, Exported)
 
 
 def exported_state(folder: Path) -> "dict[str, Tensor]":

@@ -15,6 +15,7 @@ from discriminator.config import DiscriminatorConfig
 from discriminator.exported import write_exported
 from discriminator.trainer import DiscriminatorTrainer
 from learner.memory import memory_mib
+from learner.written import written
 
 
 class DiscriminatorRank:
@@ -81,9 +82,9 @@ class DiscriminatorRank:
         told = {"transition": "; ".join(changes)} if changes else {}
         return {**trained, **judged, **told, "memory_mib": memory_mib()}
 
-    def save(self, folder: str) -> None:
-        """Write the discriminator's part of a checkpoint."""
-        self.trainer.save(folder)
+    def save(self, folder: str) -> str:
+        """Write the discriminator's part of a checkpoint; returns why that could not be, or nothing."""
+        return written(lambda: self.trainer.save(folder))
 
     def load(self, folder: str, version: int) -> None:
         """Continue from a checkpoint and publish its weights as `version`."""

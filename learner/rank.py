@@ -19,6 +19,7 @@ from learner.policy import PolicyLearner
 from learner.snapshot import Snapshot
 from learner.supervised import supervised_step
 from learner.weight_client import WeightSyncError, WorkerRef
+from learner.written import written
 from rollout.config import PolicyConfig, RolloutConfig
 from rollout.engine import transfer_backend
 from rollout.templates import end_of_response_id, eos_ids, load_tokenizer
@@ -135,8 +136,11 @@ class LearnerRank:
         """
         return self.learner.response_nll(ray.get(table))
 
-    def save(self, folder: str) -> None:
-        """Write the learner's part of a checkpoint."""
+    def save(self, folder: str) -> str:
+        """Write the learner's part of a checkpoint; returns why that could not be, or nothing."""
+        return written(lambda: self._save(folder))
+
+    def _save(self, folder: str) -> None:
         self.learner.save(Path(folder))
         if self.kept.taken:
             self.kept.save(self._kept_file(folder))

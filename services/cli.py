@@ -4,17 +4,17 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rollout.data import DataError
+from rollout.printable import printable
+from services.checkpoint_commands import checkpoints
 from services.config import Config, ConfigError, given, load
 from services.config_text import to_toml
 from services.export import EXPORTED_CONFIG
-from services.printable import printable
 
 app = typer.Typer(
     name="rlgaf",
@@ -30,27 +30,18 @@ EXAMPLE_ASSETS = {
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def _go_on(settings: Config) -> bool:
-    """Whether there is a checkpoint to go on from, here or (fetched then) in the run's copy."""
-    from services.jobs.resumption import goes_on, set_aside
-    from services.lease import wait_until_free
-
-    wait_until_free(settings.folder)
-    if (moved := set_aside(settings, time.time())) is not None:
-        typer.echo(f"an earlier attempt left no checkpoint; its folder is now {moved}")
-    if settings.run.mirror:
-        from services.mirror import fetch_newer
-
-        if (step := fetch_newer(settings)) is not None:
-            typer.echo(f"checkpoint of step {step} fetched from {settings.run.mirror}")
-    return goes_on(settings)
+app.add_typer(checkpoints, name="checkpoint")
 
 
 @app.command(context_settings=OVERRIDES)
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file; `rlgaf config` prints one with every field")],
-    resume: Annotated[bool, typer.Option(help="Go on from the run's newest checkpoint")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's newest whole checkpoint")] = False,
+    from_step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Go on from the checkpoint of this step; later ones are given up"),
+    ] = None,
     auto_resume: Annotated[
         bool, typer.Option(help="Go on from the newest checkpoint where there is one, else begin")
     ] = False,
@@ -71,13 +62,9 @@ def train(
         return
     from services.run import run
 
-    if auto_resume:
-        from services.jobs.resumption import wait_for_an_earlier_driver
-
-        wait_for_an_earlier_driver(settings, typer.echo)
-    if auto_resume or (resume and settings.run.mirror):
-        resume = _go_on(settings) or resume
-    raise typer.Exit(run(settings, resume=resume))
+    resume = resume or auto_resume or from_step is not None
+    auto = auto_resume and from_step is None
+    raise typer.Exit(run(settings, resume=resume, auto=auto, from_step=from_step))
 
 
 @app.command(context_settings=OVERRIDES)

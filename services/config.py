@@ -6,20 +6,32 @@ Nothing here imports torch, Ray or vLLM: a wrong field is reported within the fi
 import copy
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section, Seed
+from rollout.printable import one_line
 from services.contradictions import gumbel_problems, length_problems, update_problems
 from services.evaluation.config import EvaluationConfig
 from services.foreign_names import FOREIGN_NAMES
 from services.methods import PRESETS, Method, method_problems, with_own, with_preset
+
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ConfigError(ValueError):
@@ -30,7 +42,8 @@ class RunSection(Section):
     """What is run, for how long, and where it is written."""
 
     name: str = "run"
-    """The run's folder is output/name."""
+    """The run's folder is output/name: at most 64 letters, digits, ".", "_" and "-", of which the first is a
+    letter or a digit."""
 
     output: str = "runs"
     """Folder that holds run folders."""
@@ -84,6 +97,27 @@ class RunSection(Section):
 
     exact: bool = False
     """Number-for-number repeatable and resumable: needs both lags 0; costs some generation speed."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"{one_line(name)!r} is no name: give at most 64 of the letters a to z, A to Z, digits, "
+                '".", "_" and "-", beginning with a letter or a digit'
+            )
+        return name
+
+    @field_validator("output")
+    @classmethod
+    def _is_a_folder(cls, output: str) -> str:
+        try:
+            Path(output).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{one_line(output)!r} is no folder: {error}") from None
+        if not output.isprintable():
+            raise ValueError(f"{one_line(output)!r} is no folder: it has control characters")
+        return output
 
 
 class Config(Section):

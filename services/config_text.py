@@ -19,9 +19,7 @@ def to_toml(config: BaseModel, *, template: bool = False) -> str:
 
 def tables_to_toml(tables: dict[str, Any], prefix: str = "") -> str:
     """Nested tables of plain values as TOML."""
-    plain = [
-        f"{name} = {_toml_value(value)}" for name, value in tables.items() if not isinstance(value, dict)
-    ]
+    plain = [f"{name} = {toml_value(value)}" for name, value in tables.items() if not isinstance(value, dict)]
     text = "\n".join([*([f"[{prefix}]"] if prefix and plain else []), *plain, ""])
     nested = [(name, value) for name, value in tables.items() if isinstance(value, dict)]
     return text + "".join(
@@ -42,7 +40,7 @@ def _write_section(section: BaseModel, prefix: str, lines: list[str], template: 
             continue
         if template:
             lines += ["", *_comment(field.description or ""), *_comment(_values(field))]
-        said = f"{name} = {_toml_value(value)}"
+        said = f"{name} = {toml_value(value)}"
         lines.append(f"#{said}" if template else said)
     for name, value in nested:
         _write_section(value, f"{prefix}.{name}" if prefix else name, lines, template)
@@ -57,7 +55,7 @@ def _values(field: FieldInfo) -> str:
     with an upper one."""
     options = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     if any(f"`{option}`" not in (field.description or "") for option in options):
-        return f"One of {', '.join(map(_toml_value, options))}."
+        return f"One of {', '.join(map(toml_value, options))}."
     limits = {type(limit): limit for limit in field.metadata}
     if not {Le, Lt} & limits.keys():
         return ""
@@ -68,7 +66,8 @@ def _values(field: FieldInfo) -> str:
     return f"{', '.join(said)}.".capitalize()
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """One value as TOML; `none` empties a field."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -77,5 +76,5 @@ def _toml_value(value: Any) -> str:
         # A JSON string is a TOML string, but for the control character DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return repr(value)

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from services.printable import printable
+from rollout.printable import printable
 
 SHOWN = (
     ("reward", "reward/mean"),

@@ -10,7 +10,6 @@ resumed run makes up for what is left of that.
 """
 
 import asyncio
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rollout.files import put_in_place, whole_folder
 from services.answers import first_prompts, human_answers, side_by_side
 from services.config import Config
 from services.evaluation.embed import Embedder, make_embedder
@@ -28,7 +28,7 @@ from services.evaluation.extra_measures import Answers, load_extra_measures, wit
 from services.evaluation.monitors import evaluation_monitors
 from services.policy_side import PolicySide
 from services.report import write_samples
-from services.run_folder import BEST_RECORD
+from services.run_folder import BEST_RECORD, Best, read_best
 
 Row = dict[str, Any]
 BEST = ("best", "samples/test-best.parquet", BEST_RECORD)
@@ -129,11 +129,8 @@ class Evaluator:
 
     async def export(self, name: str) -> None:
         """Write the policy to the run's folder `name`, whole or not at all."""
-        folder, partial = self.config.folder / name, self.config.folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        await self.system.export(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with whole_folder(self.config.folder / name) as partial:
+            await self.system.export(partial)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -151,18 +148,16 @@ class Evaluator:
 
     async def _keep_best(self, step: int, key: float) -> None:
         """Put the policy in place of the best one before."""
-        partial = self.config.folder / ".best.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model, test, record = (partial / name for name in BEST)
-        await self.system.export(model)
-        test.parent.mkdir(parents=True)
-        nll = self.test_nll["base"]
-        if step == 0:  # it is the base, whose answers are at hand
-            shutil.copyfile(self._test_file("base"), test)
-        else:
-            nll = await self._answer_test(step, test)
-        record.write_text(json.dumps({"step": step, "key": key, "nll": nll}))
-        partial.rename(self._new_best())
+        with whole_folder(self._new_best()) as partial:
+            model, test, record = (partial / name for name in BEST)
+            await self.system.export(model)
+            test.parent.mkdir(parents=True)
+            nll = self.test_nll["base"]
+            if step == 0:  # it is the base, whose answers are at hand
+                shutil.copyfile(self._test_file("base"), test)
+            else:
+                nll = await self._answer_test(step, test)
+            record.write_text(Best(step=step, key=key, nll=nll).model_dump_json())
         self._settle_best()
 
     def _settle_best(self) -> None:
@@ -170,13 +165,10 @@ class Evaluator:
         for name in BEST:
             new, place = self._new_best() / name, self.config.folder / name
             if new.exists():
-                if place.is_dir():
-                    shutil.rmtree(place)
-                new.rename(place)
+                put_in_place(new, place)
         shutil.rmtree(self._new_best(), ignore_errors=True)
-        if (record := self.config.folder / BEST[-1]).exists():
-            best = json.loads(record.read_text())
-            self.best_step, self.best_key, self.test_nll["best"] = best["step"], best["key"], best["nll"]
+        if (best := read_best(self.config.folder)) is not None:
+            self.best_step, self.best_key, self.test_nll["best"] = best.step, best.key, best.nll
 
     async def _keep_test(self, name: str, step: int) -> None:
         self._test_file(name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 from rollout.config import without_places
-from rollout.files import readable
+from rollout.files import readable, whole_folder
 from services.config import ConfigError
 from services.config_text import tables_to_toml
 
@@ -28,11 +28,9 @@ def export_model(run: Path, out: Path, which: str) -> Path:
         raise ConfigError(f"{model} holds no model" + (f"; {run} has: {', '.join(there)}" if there else ""))
     if out.exists():
         raise ConfigError(f"{out} exists already; nothing was overwritten")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial)
     said = without_places(tomllib.loads((run / "config.toml").read_text()))
-    (partial / EXPORTED_CONFIG).write_text(tables_to_toml(said))
-    readable(partial)
-    partial.rename(out)
+    with whole_folder(out) as partial:
+        shutil.copytree(model, partial)
+        (partial / EXPORTED_CONFIG).write_text(tables_to_toml(said))
+        readable(partial)
     return out

@@ -14,19 +14,20 @@ before it writes again.
 """
 
 import contextlib
-import json
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import psutil
+from pydantic import BaseModel, Field, FiniteFloat
 
+from rollout.files import read_record, write_whole
+from rollout.printable import one_line
 from services.config import ConfigError
 
 LEASE = ".lease"
@@ -35,25 +36,31 @@ STALE_S = 120.0
 POLL_S = 1.0
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(BaseModel):
     """Who has a folder's lease, and when it last showed a sign of life (Unix time)."""
 
     host: str
     space: str
     """The host's process namespace: containers of one host name may number their processes apart."""
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     token: str
-    time: float
+    time: FiniteFloat
 
     def __str__(self) -> str:
         age = time.time() - self.time
-        return f"process {self.pid} on {self.host}, last sign of life {age:.0f} s ago"
+        return f"process {self.pid} on {one_line(self.host)}, last sign of life {age:.0f} s ago"
 
 
 def holder(folder: Path) -> Holder | None:
-    """The driver that writes to this folder; None when there is none any more."""
-    found = _read(folder / LEASE)
+    """The driver that writes to this folder; None when there is none any more.
+
+    Raises:
+        ConfigError: the lease cannot be read.
+    """
+    try:
+        found = _read(folder / LEASE)
+    except OSError as error:
+        raise ConfigError(f"{folder / LEASE} cannot be read: {error.strerror}") from None
     if found is None or abs(time.time() - found.time) > STALE_S:
         return None
     here = (found.host, found.space) == _here()
@@ -91,7 +98,8 @@ class Lease:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEASE
-        self._own = Holder(*_here(), os.getpid(), uuid.uuid4().hex, 0.0)
+        host, space = _here()
+        self._own = Holder(host=host, space=space, pid=os.getpid(), token=uuid.uuid4().hex, time=0.0)
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -124,15 +132,14 @@ class Lease:
                     self._write()
 
     def _write(self) -> None:
-        scratch = self.path.with_name(f"{LEASE}.{self._own.token}")
-        scratch.write_text(json.dumps(asdict(replace(self._own, time=time.time()))))
-        os.replace(scratch, self.path)
+        now = self._own.model_copy(update={"time": time.time()})
+        write_whole(self.path, now.model_dump_json(), lasting=False)
 
 
 def _read(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):  # cut short when its machine went down; who lives writes it anew
+        return read_record(path, Holder)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # damaged: who lives writes it anew
         return None
 
 

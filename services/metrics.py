@@ -1,7 +1,7 @@
 """What a run records about itself: one row per step, seconds and tokens per phase, memory.
 
 `metrics.jsonl` holds one strict-JSON object per step, steps strictly increasing, each with the evaluation
-that followed it; step 0 is the base's. A row is written in one call and flushed: a kill can cut the last line
+that followed it; step 0 is the base's. A row is written in one call and synced: a kill can cut the last line
 only, and `truncate_after` drops it. What is not finite is null there (JSON has no NaN);
 `services.watching.alarms` looks at the rows before that.
 """
@@ -15,12 +15,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+
+from rollout.files import write_whole
+from rollout.printable import one_line
 
 Row = dict[str, Any]
+_STEP = TypeAdapter(Annotated[int, Field(strict=True, ge=0)])
+_INT64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_ROW: TypeAdapter[Row] = TypeAdapter(dict[str, bool | _INT64 | FiniteFloat | str | dict[str, _INT64] | None])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Row:
@@ -82,6 +89,9 @@ class MetricsLog:
         self._tensorboard = tensorboard
         self._clock = clock
         self._file: Any = None
+        self._pending = b""
+        self.problem = ""
+        """Why the last row is not in the file yet; empty where it is."""
         self._writer: Any = None
         self._last: int | None = None
         self._purge: int | None = None
@@ -95,11 +105,9 @@ class MetricsLog:
         if self._file is not None:
             raise RuntimeError("truncate_after must come before the first row")
         self._purge = step + 1
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        rows = read_metrics(self.path, step) if self.path.exists() else []
         if self.path.exists():
-            scratch = self.path.with_suffix(".jsonl.tmp")
-            scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-            os.replace(scratch, self.path)
+            write_whole(self.path, "".join(_line(row) for row in rows))
         self._last = rows[-1]["step"] if rows else None
         return len(rows)
 
@@ -112,13 +120,23 @@ class MetricsLog:
         row = {"step": step, "time": self._clock(), **expand_lists(flat)}
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(_line(row))
-        self._file.flush()
+            self._file = self.path.open("ab", buffering=0)
+        self._write(_line(row))
         self._last = step
         if self._tensorboard:
             self._write_events(step, flat, row)
         return row
+
+    def _write(self, text: str) -> None:
+        """Append what could not be written before, and this; what a full disk does not take stays here."""
+        self._pending += text.encode()
+        self.problem = ""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.problem = f"{self.path} could not be written: {error.strerror}; its rows are kept for later"
 
     def _write_events(self, step: int, flat: Row, row: Row) -> None:
         if self._writer is None:
@@ -143,20 +161,34 @@ class MetricsLog:
             self._writer.close()
 
 
-def read_metrics(path: str | Path) -> list[Row]:
-    """All rows of a `metrics.jsonl`.
+def read_metrics(path: str | Path, last: int | None = None) -> list[Row]:
+    """All rows of a `metrics.jsonl`, or those up to step `last`, beyond which nothing is read.
 
     A last line cut short by a kill is left out; any other bad line is an error.
+
+    Raises:
+        ValueError: with file and line; no row, or its step does not come after the one before.
+        OSError: the file cannot be read.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = []
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
+        if rows and rows[-1]["step"] == last:
+            break
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            row = _ROW.validate_json(line)
+            step = _STEP.validate_python(row.get("step"))
+        except ValidationError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise ValueError(f"{path}:{number}: not a JSON object ({error.msg})") from error
+            reason = one_line(error.errors(include_url=False, include_input=False)[0]["msg"])
+            raise ValueError(f"{path}:{number}: not a row of metrics ({reason}); delete the line") from None
+        if rows and step <= rows[-1]["step"]:
+            raise ValueError(
+                f"{path}:{number}: step {step} comes after step {rows[-1]['step']}; delete the line"
+            )
+        if last is None or step <= last:
+            rows.append(row)
     return rows
 
 

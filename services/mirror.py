@@ -3,19 +3,26 @@
 Protocol: `push` after every checkpoint and at the end; `pull` before a run goes on. Invariant: the manifest
 of a checkpoint is the last of its files to arrive, on either side, and the first to go, so a checkpoint that
 is listed with its manifest is whole at every moment. The record of the best policy seals its model and
-responses in the same way, and arrives before the manifest of a checkpoint made after it.
+responses in the same way, and arrives before the manifest of a checkpoint made after it. A copy belongs to
+the run that made it, by an identity that both folders hold; another run of its name does not touch it.
 """
 
+import os
 import threading
-from pathlib import Path, PurePosixPath
+import uuid
+from pathlib import Path, PurePath, PurePosixPath
 
 from pyarrow import fs
 
-from services.checkpoint import MANIFEST, Checkpoints
+from rollout.files import inside, whole_file, write_whole
+from services.checkpoint import MANIFEST, CheckpointError, Checkpoints, step_of
 from services.config import Config, ConfigError
 from services.run_folder import BEST_RECORD
 
 CHECKPOINTS = "checkpoints"
+IDENTITY = "run.id"
+"""File of the run's folder, and of its copy, that says whose copy it is."""
+PROBE = ".write-test"
 NOT_COPIED = "ray"
 """Ray Train's own folder; hidden files and folders, which are unfinished, stay behind too."""
 
@@ -29,7 +36,7 @@ class Mirror:
             file). Options such as S3's `?region=…&endpoint_override=…` belong to it.
 
     Raises:
-        ConfigError: a URL that Arrow does not understand.
+        ConfigError: a URL that Arrow does not understand, or of the run's own folder.
     """
 
     def __init__(self, folder: Path, url: str) -> None:
@@ -39,6 +46,12 @@ class Mirror:
             raise ConfigError(f'run.mirror = "{url}": {error}') from None
         self.folder = folder
         self.base = f"{base.rstrip('/')}/{folder.name}"
+        if self.remote.type_name == "local":
+            here, there = Path(os.path.realpath(folder)), Path(os.path.realpath(self.base))
+            if here.is_relative_to(there) or there.is_relative_to(here):
+                raise ConfigError(
+                    f'run.mirror = "{url}": the copy would lie in the run\'s own folder, {folder}'
+                )
         self._pushed: dict[str, tuple[int, int]] = {}
         self._busy = threading.Lock()
 
@@ -46,11 +59,12 @@ class Mirror:
         """Copy what is new or has changed, and remove what is gone here; returns bytes copied.
 
         Raises:
-            OSError: the storage failed, or an earlier push has not ended yet.
+            OSError: the storage failed, the copy is another run's, or an earlier push has not ended yet.
         """
         if not self._busy.acquire(blocking=False):
             raise OSError("the copy begun earlier is still under way")
         try:
+            self._claim()
             here, there = self._local(), set(self._listed())
             stats = {name: path.stat() for name, path in here.items()}
             stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
@@ -63,63 +77,83 @@ class Mirror:
         finally:
             self._busy.release()
 
-    def pull(self) -> None:
-        """Copy the run's files here: all but older checkpoints, over whatever has the same name.
+    def pull(self, step: int, rest: bool = True) -> None:
+        """Copy a checkpoint here, with the `rest` of the run's files over whatever has the same name, but for
+        other checkpoints.
 
         Raises:
             OSError: the storage or the disk failed.
-            ValueError: there is no whole checkpoint.
+            ValueError: a name in the storage leads out of the run's folder.
         """
-        names = self._listed()
-        steps = _steps(names)
-        wanted = [
-            name for name in names if _checkpoint_of(name) is None or _checkpoint_of(name) == max(steps)
-        ]
-        for name in sorted(wanted, key=_seals_last):
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(
-                f"{self.base}/{name}",
-                str(path),
-                source_filesystem=self.remote,
-                destination_filesystem=fs.LocalFileSystem(),
-            )
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS, keep=1)
+        partial = checkpoints.begin(step)
+        for name in sorted(self._listed(), key=_seals_last):
+            of, path = _checkpoint_of(name), inside(self.folder, name)
+            if of == step:
+                path = partial / path.relative_to(checkpoints.root / f"step-{step:06d}")
+            elif of is not None or not rest or _stays(path.relative_to(self.folder)):
+                continue
+            with whole_file(path) as scratch:
+                fs.copy_files(
+                    f"{self.base}/{name}",
+                    str(scratch),
+                    source_filesystem=self.remote,
+                    destination_filesystem=fs.LocalFileSystem(),
+                )
+        checkpoints.finish()
 
-    def newest(self) -> int | None:
-        """Step of the copy's newest whole checkpoint. Raises OSError when the storage cannot be read."""
-        return max(_steps(self._listed()), default=None)
+    def steps(self) -> list[int]:
+        """Steps of the copy's checkpoints, oldest first. Raises OSError when the storage cannot be read."""
+        return sorted(_steps(self._listed()))
 
     def empty(self) -> bool:
         """Whether nothing of this run is there. Raises OSError when the storage cannot be read."""
         return not self._listed()
 
+    def try_writing(self) -> None:
+        """Write something and remove it. Raises OSError when the storage takes nothing."""
+        target = self._target(PROBE)
+        with self.remote.open_output_stream(target) as stream:
+            stream.write(b"x")
+        self.remote.delete_file(target)
+
+    def _claim(self) -> None:
+        """Mark the copy as this run's: another's checkpoints would be removed as what is gone here."""
+        own = self.folder / IDENTITY
+        if not own.exists():
+            write_whole(own, uuid.uuid4().hex)
+        if self.remote.get_file_info(f"{self.base}/{IDENTITY}").type == fs.FileType.NotFound:
+            self._upload(own, IDENTITY)
+        with self.remote.open_input_stream(f"{self.base}/{IDENTITY}") as stream:
+            if stream.read() != own.read_bytes():
+                raise OSError("another run of this name is copied there; give one of them another run.name")
+
     def _local(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if path.is_file() and not hidden and name.parts[0] != NOT_COPIED:
+            if path.is_file() and not _stays(name):
                 files[name.as_posix()] = path
         return files
 
     def _listed(self) -> list[str]:
         found = self.remote.get_file_info(fs.FileSelector(self.base, allow_not_found=True, recursive=True))
-        return [
-            str(PurePosixPath(info.path).relative_to(self.base))
-            for info in found
-            if info.type == fs.FileType.File
-        ]
+        return [info.path.removeprefix(f"{self.base}/") for info in found if info.type == fs.FileType.File]
 
     def _upload(self, path: Path, name: str) -> None:
-        target = f"{self.base}/{name}"
-        if self.remote.type_name == "local":  # object stores have no folders to be made
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
         fs.copy_files(
             str(path),
-            target,
+            self._target(name),
             source_filesystem=fs.LocalFileSystem(),
             destination_filesystem=self.remote,
         )
+
+    def _target(self, name: str) -> str:
+        """Where a file is written in the storage."""
+        target = f"{self.base}/{name}"
+        if self.remote.type_name == "local":  # object stores have no folders to be made
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        return target
 
     def _remove(self, names: set[str]) -> None:
         for name in sorted(names, key=_seals_last, reverse=True):
@@ -127,8 +161,9 @@ class Mirror:
             self._pushed.pop(name, None)
 
 
-def fetch_newer(config: Config) -> int | None:
-    """Bring a run's folder up to its copy where that has the newer checkpoint; returns the copy's step then.
+def fetch_newer(config: Config, step: int | None = None) -> int | None:
+    """Bring a run's folder up to its copy where that has the newer whole checkpoint, or the one of `step`
+    that the folder has not; returns the copy's step then.
 
     An attempt without a checkpoint in the folder must have been set aside before.
 
@@ -136,24 +171,41 @@ def fetch_newer(config: Config) -> int | None:
         ConfigError: a wrong URL, or the storage cannot be read.
     """
     mirror = Mirror(config.folder, config.run.mirror)
-    here = Checkpoints(config.folder / CHECKPOINTS, config.run.keep_checkpoints).steps()
+    here = _whole_step(mirror.folder, None)
     try:
-        newest = mirror.newest()
-        if newest is None or newest <= max(here, default=-1):
-            return None
-        mirror.pull()
-    except OSError as error:
+        for there in reversed(mirror.steps()):
+            if there <= here if step is None else there != step or _whole_step(mirror.folder, step) == step:
+                continue
+            mirror.pull(there, rest=step is None or here < 0)
+            if _whole_step(mirror.folder, there) == there:
+                return there
+    except (OSError, ValueError) as error:
         raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read: {error}') from None
-    return newest
+    return None
 
 
-def refuse_used(config: Config) -> None:
-    """Raise ConfigError where a new run would be copied over an earlier one's copy, or cannot be copied."""
+def _whole_step(folder: Path, step: int | None) -> int:
+    """Step of the folder's newest whole checkpoint, or `step` where that one is; -1 where there is none."""
     try:
-        free = Mirror(config.folder, config.run.mirror).empty()
+        found = Checkpoints(folder / CHECKPOINTS, keep=1).newest_whole(step)
+    except CheckpointError:
+        return -1
+    return found.step if found is not None else -1
+
+
+def check_mirror(config: Config, *, new: bool) -> None:
+    """The storage can be written to, and a new run is not copied over an earlier one's copy.
+
+    Raises:
+        ConfigError: names what it is.
+    """
+    mirror = Mirror(config.folder, config.run.mirror)
+    try:
+        used = new and not mirror.empty()
+        mirror.try_writing()
     except OSError as error:
-        raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read: {error}') from None
-    if not free:
+        raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read or written: {error}') from None
+    if used:
         raise ConfigError(
             f'run.mirror = "{config.run.mirror}" holds a run named {config.run.name} already; nothing was '
             "overwritten. Use --resume to go on with it, or another run.name"
@@ -165,14 +217,18 @@ def _checkpoint_of(name: str) -> int | None:
     parts = PurePosixPath(name).parts
     if len(parts) < 3 or parts[0] != CHECKPOINTS:
         return None
-    step = parts[1].removeprefix("step-")
-    return int(step) if step.isdigit() else None
+    return step_of(parts[1])
 
 
 def _steps(names: list[str]) -> list[int]:
     """Steps whose manifest is among the files."""
     steps = [_checkpoint_of(name) for name in names if PurePosixPath(name).name == MANIFEST]
     return [step for step in steps if step is not None]
+
+
+def _stays(name: PurePath) -> bool:
+    """Whether a file of a run's folder belongs to that machine alone."""
+    return name.parts[0] == NOT_COPIED or any(part.startswith(".") for part in name.parts)
 
 
 def _seals_last(name: str) -> tuple[int, str]:

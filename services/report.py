@@ -7,7 +7,6 @@ rest tells at what price.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rollout.files import write_whole
+from rollout.printable import printable
 from services.evaluation.evaluate import KEYS
 from services.metrics import strict
-from services.printable import printable
 from services.watching.alarms import Alarm
 
 ROWS = ("base", "best", "last", "human")
@@ -198,7 +198,7 @@ def write_summary(
     if clash:
         raise ValueError(f"summary facts may not be called {', '.join(sorted(clash))}")
     text = json.dumps(strict({**summary, **(facts or {})}), indent=2, allow_nan=False, ensure_ascii=False)
-    return _write(Path(run_dir) / "summary.json", text + "\n")
+    return write_whole(Path(run_dir) / "summary.json", text + "\n")
 
 
 def write_report(
@@ -222,7 +222,7 @@ def write_report(
             "coverage": [(step, float(row["coverage"])) for step, row in curve if "coverage" in row],
         }
         svg = line_chart(series, "C2ST (0.5 = cannot tell) and coverage on selection prompts", "step")
-        _write(Path(run_dir) / "learning_curve.svg", svg)
+        write_whole(Path(run_dir) / "learning_curve.svg", svg)
     keys = ("c2st", "coverage", "nll", "rouge_l", "distinct_2", "length_mean")
     steps = [
         [str(step), *("-" if row.get(key) is None else f"{row[key]:.3f}" for key in keys)]
@@ -252,7 +252,7 @@ def write_report(
         parts += ["## Budget", markdown_table(("tokens", "count"), rows)]
     lines = [f"- step {alarm.step}, {alarm.name}: {alarm.message}" for alarm in alarms]
     parts += ["## Alarms", "\n".join(lines) or "None."]
-    return _write(Path(run_dir) / "report.md", "\n\n".join(parts) + "\n")
+    return write_whole(Path(run_dir) / "report.md", "\n\n".join(parts) + "\n")
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -306,12 +306,3 @@ def line_chart(
             f'<text x="{right + 12}" y="{top + 16 * index + 8}" fill="{colour}">{escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>\n"])
-
-
-def _write(path: Path, text: str) -> Path:
-    """Replace a file in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-    return path

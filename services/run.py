@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from functools import partial
 
 from rollout.data import load_data
 from rollout.engine import check_vllm_version
@@ -9,19 +10,21 @@ from rollout.templates import Renderer, check_model, load_tokenizer
 from services.autoscaling import bring_up, largest
 from services.config import Config, ConfigError, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
+from services.jobs.resumption import find_checkpoint, wait_for_an_earlier_driver
 from services.lease import Lease
 from services.methods import method_title, not_read
-from services.mirror import refuse_used
+from services.mirror import check_mirror
 from services.plan import local_gpus, resource_plan
 from services.ray_cluster import ray_cluster
 from services.report import make_console
-from services.run_folder import check_cursor, prepare_folder
+from services.run_folder import check_data_of, check_folder, check_resume
 from services.run_life import RunLife
 from services.wandb_run import WandbRun
 
 
-def run(config: Config, *, resume: bool) -> int:
-    """Run or resume; returns the process's exit code.
+def run(config: Config, *, resume: bool, auto: bool = False, from_step: int | None = None) -> int:
+    """Run or resume (from the checkpoint of `from_step`); returns the process's exit code. `auto`: resume
+    where there is a checkpoint, else begin.
 
     Raises:
         ConfigError, DataError: before anything is started or written.
@@ -35,9 +38,9 @@ def run(config: Config, *, resume: bool) -> int:
         check_vllm_version()
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
-    checkpoints = prepare_folder(config, resume)
-    if config.run.mirror and not resume:
-        refuse_used(config)
+    if auto:
+        wait_for_an_earlier_driver(config, console.print)
+    check_folder(config, resume=resume, auto=auto)
     plan = resource_plan(config, gpus=local_gpus())
     cluster = os.environ.get("RAY_ADDRESS")
     if not cluster:
@@ -49,8 +52,13 @@ def run(config: Config, *, resume: bool) -> int:
     renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
     check_data(config, splits)
-    if resume:
-        check_cursor(config, splits, renderer, checkpoints)
+    say = partial(console.print, highlight=False, markup=False)
+    found = find_checkpoint(config, auto=auto, step=from_step, say=say) if resume else None
+    if found is not None:
+        config = check_resume(config, found, say)
+        check_data_of(config, splits, renderer, found)
+    if config.run.mirror:
+        check_mirror(config, new=found is None)
     for report in splits.reports:
         console.print(f"data: {report.summary()}", markup=False)
     console.print(
@@ -76,7 +84,7 @@ def run(config: Config, *, resume: bool) -> int:
             tracker = WandbRun(config) if config.run.wandb else None
             if tracker is not None:
                 console.print(f"Weights & Biases: {tracker.address}", highlight=False, markup=False)
-            life = RunLife(config, plan, splits, renderer, checkpoints, resume, console, tracker, lease)
+            life = RunLife(config, plan, splits, renderer, found, console, tracker, lease)
             code = asyncio.run(life.main())
             if tracker is not None:
                 tracker.finish(code)

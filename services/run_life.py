@@ -6,13 +6,15 @@ import asyncio
 import signal
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from rollout.data import DataSplits
+from rollout.files import write_whole
 from rollout.templates import Renderer
-from services.checkpoint import Checkpoints, verify
+from services.checkpoint import CONFIG, CheckpointError, Found
 from services.config import Config
 from services.config_text import to_toml
 from services.lease import Lease
@@ -21,7 +23,9 @@ from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.mirror import Mirror
 from services.plan import ResourcePlan
 from services.ray_metrics import RunMetrics
-from services.run_folder import BEGIN_ANEW
+from services.resume_rules import settled
+from services.run_folder import BEGIN_ANEW, checkpoints_of, data_digests
+from services.saving import Saver
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
@@ -45,8 +49,7 @@ class RunLife:
         plan: ResourcePlan,
         splits: DataSplits,
         renderer: Renderer,
-        checkpoints: Checkpoints,
-        resume: bool,
+        found: Found | None,
         console: Console,
         tracker: WandbRun | None,
         lease: Lease,
@@ -55,9 +58,10 @@ class RunLife:
         from services.evaluator import Evaluator
 
         self.config = config
-        self.resume = resume
+        self.found = found
+        """The checkpoint that the run goes on from; None for one that begins."""
         self.console = console
-        self.checkpoints = checkpoints
+        self.checkpoints = checkpoints_of(config)
         self.lease = lease
         self.mirror = Mirror(config.folder, config.run.mirror) if config.run.mirror else None
         self.began = time.monotonic()
@@ -68,10 +72,12 @@ class RunLife:
         self.interrupted = False
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
-        start = checkpoints.steps()[-1] if resume else 0
-        config.folder.mkdir(parents=True, exist_ok=True)
-        (config.folder / "config.toml").write_text(to_toml(config))
+        start = found.step if found is not None else 0
+        if found is None:
+            self._write_config()
         self.display = Display(config.run.steps, start, console)
+        self.data_digests = data_digests(splits)
+        self.saver = Saver(self.checkpoints, config.run.checkpoint_every, self.display.note)
         self.log = MetricsLog(config.folder)
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.exported = RunMetrics(config)
@@ -111,7 +117,7 @@ class RunLife:
             self.console.print("stopped; the last finished checkpoint stays")
             await self.system.abort()
             return INTERRUPTED
-        except ShortcutRefusal as refusal:
+        except (ShortcutRefusal, CheckpointError) as refusal:
             self.console.print(str(refusal), markup=False)
             await self.system.abort()
             return FAILED
@@ -144,14 +150,14 @@ class RunLife:
             self.exported.begin()
             await self.system.start(self.display.note)
             self.watching = asyncio.create_task(self.exported.watch_workers(lambda: self.system.fleet.actors))
-            if self.resume:
-                await self._load()
+            if self.found is not None:
+                await self._load(self.found)
             else:
                 await self._begin()
             self.display.training()
             await self.controller.run(self._after_step)
             if self.controller.step not in self.checkpoints.steps():
-                await self._save()
+                await self._save(must=not self.controller.finished)
             self.controller.running = False  # a resume repeats what follows: a signal ends it at once
             if self.controller.stopping or not self.controller.finished:
                 await self.system.stop()
@@ -199,14 +205,14 @@ class RunLife:
             await self.system.export_discriminator(self.config.folder / "discriminator")
 
     async def _after_step(self, step: int) -> None:
-        run, evaluation = self.config.run, self.config.evaluation
+        evaluation = self.config.evaluation
         if step % evaluation.every == 0 or self.controller.finished:
             await self._evaluate(step)
         elif evaluation.look_every and step % evaluation.look_every == 0:
             with self.controller.timer("look"):
                 self.row["monitor"] = await self.evaluator.look()
         self._record(step)
-        if run.checkpoint_every and step % run.checkpoint_every == 0:
+        if self.saver.due(step):
             await self._save()
 
     async def _evaluate(self, step: int) -> None:
@@ -242,6 +248,8 @@ class RunLife:
         """Write the step's row, raise alarms, show progress. Step 0 is the base's evaluation."""
         self.lease.check()
         row, self.row = self.log.log(step, {"wall_seconds": self.elapsed, **self.row}), {}
+        if self.log.problem:
+            self.display.note(self.log.problem)
         self.exported.step(row, self.rows[-1] if self.rows else None)
         if self.tracker is not None:
             self.tracker.step(row)
@@ -265,24 +273,28 @@ class RunLife:
         if self.tracker is not None:
             self.tracker.alarms(raised)
 
-    async def _save(self) -> None:
+    async def _save(self, *, must: bool = False) -> None:
         self.lease.check()
         with self.controller.timer("checkpoint"):
             await self.controller.quiesce()
-            step = self.controller.step
-            folder = self.checkpoints.begin(step)
-            system = await self.system.save(folder)
-            state = {
-                "system": system,
-                "controller": self.controller.state(),
-                "evaluator": self.evaluator.state(),
-                "alarms": self.alarms.state_dict(),
-                "watch": self.watch.state(),
-                "warm": self.warm,
-                "seconds": self.elapsed,
-            }
-            await asyncio.to_thread(self.checkpoints.commit, step, state)
-        await self._copy()
+            saved = await self.saver.save(self.controller.step, self._write, must=must)
+        if saved:
+            await self._copy()
+
+    async def _write(self, folder: Path) -> dict[str, Any]:
+        """Write all but its state into a checkpoint's folder, and return that."""
+        (folder / CONFIG).write_text(to_toml(settled(self.config)), encoding="utf-8")
+        system = await self.system.save(folder)
+        return {
+            "system": system,
+            "controller": self.controller.state(),
+            "data": self.data_digests,
+            "evaluator": self.evaluator.state(),
+            "alarms": self.alarms.state_dict(),
+            "watch": self.watch.state(),
+            "warm": self.warm,
+            "seconds": self.elapsed,
+        }
 
     async def _copy(self) -> bool:
         """Bring the run's copy up to date; False when that failed, which is said."""
@@ -297,20 +309,25 @@ class RunLife:
                 return False
         return True
 
-    async def _load(self) -> None:
-        folder = self.checkpoints.newest()
-        assert folder is not None, "checked before"
-        self.display.note(f"resuming from {folder.name}")
-        state = await asyncio.to_thread(verify, folder)
-        await self.system.load(folder, state["system"])
+    async def _load(self, found: Found) -> None:
+        state = found.state
+        self.display.note(f"resuming from step {found.step}")
+        await self.system.load(found.folder, state["system"])
         self.controller.load_state(state["controller"])
         self.evaluator.load_state(state["evaluator"])
         self.alarms.load_state_dict(state["alarms"])
         self.watch.load_state(state["watch"])
         self.warm = state["warm"]
         self.earlier_seconds = state["seconds"]
-        self.log.truncate_after(self.controller.step)
+        later = self.checkpoints.supersede(found.step)
+        self._write_config()
+        self.log.truncate_after(found.step)
         self.rows = read_metrics(self.log.path)
+        if later:  # or whoever resumes from the copy before the next checkpoint would find them there
+            await self._copy()
+
+    def _write_config(self) -> None:
+        write_whole(self.config.folder / "config.toml", to_toml(self.config))
 
     def _report(self, evaluation: dict[str, dict[str, Any]], memory: dict[str, float]) -> None:
         from services.report import print_report, write_report, write_summary

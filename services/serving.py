@@ -67,7 +67,7 @@ def app(args: Arguments) -> serve.Application:
     folder = args.run / "discriminator"
     try:
         exported = read_exported(folder)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from None
     variable = exported.config.scoring.http_token
     token = os.environ.get(variable, "")

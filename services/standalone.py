@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from rollout.data import DataError, load_data, prompt_id, read_demonstrations, read_prompts
 from rollout.engine import check_vllm_version
+from rollout.printable import printable
 from rollout.prompts import evaluation_requests
 from rollout.templates import Renderer, check_model, load_tokenizer
 from rollout.worker import RolloutWorker
@@ -19,7 +20,6 @@ from services.config import Config, ConfigError
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
 from services.input_checks import check_embedding_model
 from services.plan import local_gpus, resource_plan
-from services.printable import printable
 
 LEAST_PROMPTS = 8
 """What the human floor needs: two halves of four."""

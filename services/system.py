@@ -28,6 +28,7 @@ from services.demonstrations import Demonstrations
 from services.plan import ResourcePlan
 from services.policy_side import PolicySide, up
 from services.reward_inputs import RewardInputs
+from services.saving import all_written
 from services.scoring import deploy
 from services.waiting import within
 
@@ -289,7 +290,7 @@ class System(PolicySide):
     async def save(self, folder: Path) -> dict[str, Any]:
         """Write every process's state into `folder`; returns what belongs into the checkpoint's own state."""
         timeout = self.config.learner.step_timeout_s
-        await asyncio.gather(
+        await all_written(
             self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner")),
             self.discriminator.call("save", timeout_s=timeout, folder=str(folder / "discriminator")),
             within(

@@ -11,11 +11,14 @@ WANDB_MODE=offline). Charts have the step on their axis: steps made again after 
 earlier ones.
 """
 
-import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from rollout.files import read_record, write_whole
 from services.config import Config, ConfigError
 from services.metrics import Row, flatten
 from services.watching.alarms import Alarm
@@ -23,6 +26,17 @@ from services.watching.alarms import Alarm
 IDENTITY = "wandb.json"
 """File of the run's folder that says which W&B run is its own."""
 FINISH_DEADLINE_S = 300.0
+
+
+class _Identity(BaseModel):
+    id: str
+    url: str | None = None
+
+
+def known_id(folder: Path) -> str | None:
+    """The W&B run of a run's folder, where it has one. Raises ValueError when the file is damaged."""
+    file = folder / IDENTITY
+    return read_record(file, _Identity).id if file.exists() else None
 
 
 class WandbRun:
@@ -39,7 +53,7 @@ class WandbRun:
             raise ConfigError("run.wandb needs wandb: pip install wandb") from None
         file = config.folder / IDENTITY
         entity, _, project = config.run.wandb.rpartition("/")
-        known = json.loads(file.read_text())["id"] if file.exists() else None
+        known = known_id(config.folder)
         config.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
@@ -54,7 +68,7 @@ class WandbRun:
             )
         except wandb.Error as error:
             raise ConfigError(f'run.wandb = "{config.run.wandb}": {error}') from None
-        file.write_text(json.dumps({"id": self._run.id, "url": self._run.url}))
+        write_whole(file, _Identity(id=self._run.id, url=self._run.url).model_dump_json())
         self._run.define_metric("*", step_metric="step")
 
     @property

@@ -1,8 +1,31 @@
 """Run folders as `rlgaf train` leaves them, for what reads them."""
 
 import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from services.checkpoint import CONFIG
+from services.config import Config
+from services.config_text import to_toml
+from services.resume_rules import settled
+from services.run_folder import checkpoints_of
+
+
+def checkpointed(config: Config, step: int, **controller: Any) -> Path:
+    """A run folder with a checkpoint of `step` and the rows up to it; returns the checkpoint's folder."""
+    checkpoints = checkpoints_of(config)
+    folder = checkpoints.begin(step)
+    (folder / "weights").write_bytes(bytes(range(256)))
+    (folder / CONFIG).write_text(to_toml(settled(config)))
+    rows = [
+        {"step": row, "time": 1.0, "wall_seconds": float(row), "reward/mean": 0.5} for row in range(step + 1)
+    ]
+    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return checkpoints.commit(step, {"controller": {"step": step, **controller}})
 
 
 def finished_run(folder: Path, seed: int, method: str = "rlgaf", best: float = 0.6) -> None:
@@ -45,3 +68,16 @@ def finished_run(folder: Path, seed: int, method: str = "rlgaf", best: float = 0
         {"step": 60, "time": 950.0, "wall_seconds": 150.0},
     )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def full_disk(room: int = 50_000) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import store
-from benchmarks.document import replace_part, write_whole
+from benchmarks.document import replace_part
 from benchmarks.figures import Band, by_number, chart, over_steps
 from benchmarks.known_modes import full_system, planning
 from benchmarks.known_modes.cells import Grid, Task
@@ -24,6 +24,7 @@ from benchmarks.known_modes.tables import (
 )
 from benchmarks.lines import Column, cost_line, of_test, results_table
 from benchmarks.store import Result
+from rollout.files import write_whole
 from services.report import markdown_table
 
 REPORT = Path("docs/results.md")

@@ -6,8 +6,6 @@ one machine. A base that is there already is kept if it was trained with the sam
 """
 
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +17,7 @@ from examples.known_modes.base_model import BaseTraining, save_base, train_base,
 from examples.known_modes.language import DISTRIBUTIONS, Sentence, text_of
 from rollout.config import DataConfig
 from rollout.data import SPLITS, prompt_id, split_of
+from rollout.files import whole_folder, write_whole
 from services.config import load
 
 CONFIG = Path(__file__).with_name("known-modes.toml")
@@ -45,11 +44,10 @@ def write_demonstrations(
         rng = np.random.default_rng([seed, 1, index])
         sentences = [DISTRIBUTIONS[source].sample(1, rng)[0] for _ in numbers[name]]
         rows |= dict(zip(numbers[name], sentences, strict=True))
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as stream:
-        for number in sorted(rows):
-            stream.write(json.dumps({"prompt": f"#{number}", "response": text_of(rows[number])}) + "\n")
-    os.replace(scratch, path)
+    lines = (
+        json.dumps({"prompt": f"#{number}", "response": text_of(rows[number])}) for number in sorted(rows)
+    )
+    write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def make_base(out: Path, options: BaseTraining) -> None:
@@ -68,11 +66,9 @@ def make_base(out: Path, options: BaseTraining) -> None:
     typer.echo(f"training the base: {options.steps} steps of {options.batch} sentences")
     model, loss = train_base(options, typer.echo)
     measured = {"loss": loss, **validate(model, options.form)}
-    partial = out / ".base.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_base(model, options.form, partial)
-    facts.write_text(json.dumps({"training": asdict(options), "measured": measured}, indent=2) + "\n")
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        save_base(model, options.form, partial)
+        write_whole(facts, json.dumps({"training": asdict(options), "measured": measured}, indent=2) + "\n")
     for name, value in measured.items():
         typer.echo(f"  {name:<18} {value:.4f}")
 

@@ -21,11 +21,14 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import TypeAdapter
 
+from rollout.files import parsed, write_whole
 from services.config import ConfigError
 from services.plan import cpu_torch
 
@@ -92,11 +95,13 @@ def folder() -> Path:
 
 def known(port: int) -> LocalCluster | None:
     """The running cluster that `up` started at this port."""
+    file = folder() / f"cluster-{port}.json"
     try:
-        state = json.loads((folder() / f"cluster-{port}.json").read_text())
+        cluster = parsed(str(file), partial(TypeAdapter(LocalCluster).validate_json, file.read_bytes()))
     except FileNotFoundError:
         return None
-    cluster = LocalCluster(**{**state, "ports": Ports(**state["ports"])})
+    except ValueError as error:
+        raise ConfigError(f"{error}; end Ray with `ray stop` and remove the file") from None
     return cluster if cluster.running() else None
 
 
@@ -149,7 +154,7 @@ def up(
         )
     created = psutil.Process(process.pid).create_time()
     cluster = LocalCluster(process.pid, created, host, ports, token, str(logs / "session_latest" / "logs"))
-    (folder() / f"cluster-{ports.gcs}.json").write_text(json.dumps(asdict(cluster)))
+    write_whole(folder() / f"cluster-{ports.gcs}.json", json.dumps(asdict(cluster)))
     deadline = time.monotonic() + UP_DEADLINE_S
     while not _ready(host, ports.dashboard):
         if process.poll() is not None or time.monotonic() > deadline:

@@ -12,6 +12,7 @@ import ray
 
 from services.config import Config
 from services.policy_side import PolicySide
+from services.saving import all_written
 from services.watching.watch import Watch
 
 POLICY_GRADIENT_OFF: dict[str, Any] = {
@@ -53,7 +54,7 @@ class SupervisedSystem(PolicySide):
     async def save(self, folder: Path) -> dict[str, Any]:
         """Write the learner's state into `folder`; returns what belongs into the checkpoint's own state."""
         timeout = self.config.learner.step_timeout_s
-        await self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner"))
+        await all_written(self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner")))
         return {"policy_version": self.policy_version}
 
     async def load(self, folder: Path, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from discriminator.model import load_canonicaliser
+from rollout.files import write_whole
 from services.config import Config
 from services.evaluator import Evaluator
 from services.system import System
@@ -60,7 +61,7 @@ class Watch:
         for line in found.notes:
             if not line.startswith(" "):  # examples are in the file
                 say(line)
-        (self._config.folder / "audit.md").write_text(found.report.markdown() + "\n")
+        write_whole(self._config.folder / "audit.md", found.report.markdown() + "\n")
 
     async def evaluated(self, step: int, evaluator: Evaluator) -> dict[str, Any]:
         """Monitors and audit of the evaluation just made; the discriminator's turns must be done."""
@@ -80,8 +81,7 @@ class Watch:
         selection = self._system.splits.selection
         audited = await asyncio.to_thread(self._auditor.policy, selection, evaluator.responses)
         file = self._config.folder / "samples" / f"step-{step:06d}-audit.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(audited.report.markdown() + "\n")
+        write_whole(file, audited.report.markdown() + "\n")
         return {"audit": audited.metrics}
 
     def state(self) -> dict[str, Any]:

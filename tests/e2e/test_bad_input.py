@@ -11,18 +11,31 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from run_folders import checkpointed
 
 from rollout.config import DataConfig
 from rollout.data import prompt_id, split_of
 from rollout.prompts import PromptSource
-from services.checkpoint import Checkpoints
 from services.cli import main
+from services.config import load
 
 ROOT = Path(__file__).parents[2]
 
 
 class Started(Exception):
     """The input was accepted: the run would have started its processes."""
+
+
+def settings(folder: Path, model: Path | str, demonstrations: Path) -> Path:
+    """The TOML file of the run."""
+    file = folder / "run.toml"
+    file.write_text(
+        f'[run]\noutput = "{folder}/runs"\nname = "r"\nsteps = 4\n'
+        f'[policy]\nmodel = "{model}"\ndtype = "float32"\n'
+        f'[data]\ndemonstrations = "{demonstrations}"\nmax_prompt_tokens = 32\n'
+        "[sampling]\nmax_tokens = 16\n[discriminator]\nbatch_size = 16\n"
+    )
+    return file
 
 
 @pytest.fixture
@@ -38,13 +51,7 @@ def train(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def call(demonstrations: Path, *words: str, model: Path | str = tiny_model) -> tuple[int, str]:
-        file = tmp_path / "run.toml"
-        file.write_text(
-            f'[run]\noutput = "{tmp_path}/runs"\nname = "r"\nsteps = 4\n'
-            f'[policy]\nmodel = "{model}"\ndtype = "float32"\n'
-            f'[data]\ndemonstrations = "{demonstrations}"\nmax_prompt_tokens = 32\n'
-            "[sampling]\nmax_tokens = 16\n[discriminator]\nbatch_size = 16\n"
-        )
+        file = settings(tmp_path, model, demonstrations)
         monkeypatch.setattr(sys, "argv", ["rlgaf", "train", str(file), *words])
         code = 0
         try:
@@ -57,7 +64,7 @@ def train(
         if code:
             assert "Traceback" not in shown.err
             assert all(line.startswith("rlgaf: ") for line in shown.err.splitlines() if line)
-            if not (tmp_path / "runs" / "r" / "mine").exists():
+            if not list(tmp_path.glob("runs/**/mine")) and not (tmp_path / "runs" / "r").is_file():
                 assert not (tmp_path / "runs").exists(), "something was made"
         return code, " ".join((shown.out + shown.err).split())
 
@@ -275,41 +282,72 @@ def test_a_way_on_from_an_attempt_without_a_checkpoint(train, tiny_demonstration
     assert [path.read_text() for path in tmp_path.glob("runs/r.no-checkpoint-*/mine")] == ["keep"]
 
 
-def finished_checkpoint(tmp_path: Path, step: int, **loop: object) -> Path:
-    folder = tmp_path / "runs" / "r"
-    folder.mkdir(parents=True)
-    (folder / "mine").write_text("keep")
-    checkpoints = Checkpoints(folder / "checkpoints", 2)
-    (checkpoints.begin(step) / "weights").write_text("w")
-    return checkpoints.commit(step, {"step": step, "controller": loop})
+@pytest.fixture
+def finished_checkpoint(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
+    """`finished_checkpoint(demonstrations, step)` → a checkpoint of the run that `train` begins."""
+
+    def make(demonstrations: Path, step: int, **loop: object) -> Path:
+        folder = tmp_path / "runs" / "r"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mine").write_text("keep")
+        return checkpointed(load(settings(tmp_path, tiny_model, demonstrations)), step, **loop)
+
+    return make
 
 
-def test_resume_when_all_is_done(train, tiny_demonstrations, tmp_path):
-    folder = finished_checkpoint(tmp_path, 4).parents[1]
+def test_resume_when_all_is_done(train, tiny_demonstrations, finished_checkpoint):
+    folder = finished_checkpoint(tiny_demonstrations, 4).parents[1]
     assert train(tiny_demonstrations, "--resume")[0] == 0, "evaluation and report are still to be done"
     (folder / "summary.json").write_text('{"steps": 4}')
     refused(train(tiny_demonstrations, "--resume"), "--resume", "4 of 4 steps", "raise run.steps")
     assert train(tiny_demonstrations, "--resume", "--run.steps=5")[0] == 0
 
 
-def test_resume_with_another_seed_or_other_data(train, write, tmp_path):
+def test_resume_with_another_seed_or_other_data(train, write, finished_checkpoint):
     data = write(*rows())
     members = [prompt_id(str(row["prompt"])) for row in rows()]
     trained = [{"prompt_id": i, "prompt_text": ""} for i in members if split_of(i, DataConfig()) == "train"]
     source = PromptSource(pa.Table.from_pylist(trained), lambda text: [1], 8, seed=0)
     source.next(5, 0)
-    folder = finished_checkpoint(tmp_path, 2, prompts=source.state()).parents[1]
+    folder = finished_checkpoint(data, 2, prompts=source.state()).parents[1]
     (folder / "config.toml").write_text("before")
     assert train(data, "--resume")[0] == 0
-    refused(train(data, "--resume", "--run.seed=1"), "the seed is not the one of the checkpoint")
+    refused(train(data, "--resume", "--run.seed=1"), "run.seed = 1, the checkpoint has 0")
     more = write(*rows(170), name="more.jsonl")
     refused(train(more, "--resume"), "the set of training prompts is not the one of the checkpoint")
     assert (folder / "config.toml").read_text() == "before"
 
 
-def test_resume_from_a_damaged_checkpoint(train, tiny_demonstrations, tmp_path):
-    (finished_checkpoint(tmp_path, 2) / "weights").write_text("X")
-    refused(train(tiny_demonstrations, "--resume"), "step-000002", "weights differs from the manifest")
+def test_resume_from_a_damaged_checkpoint(train, tiny_demonstrations, finished_checkpoint):
+    finished_checkpoint(tiny_demonstrations, 2)
+    (finished_checkpoint(tiny_demonstrations, 3) / "weights").write_text("X")
+    code, said = train(tiny_demonstrations, "--resume")
+    assert code == 0
+    assert "passed over: " in said
+    assert "step-000003: weights differs from the manifest" in said
+    refused(train(tiny_demonstrations, "--from-step=3"), "no whole checkpoint: ", "step-000003: weights")
+    assert train(tiny_demonstrations, "--from-step=2")[0] == 0
+
+
+def test_auto_resume_renames_nothing_before_all_is_checked(train, tiny_demonstrations, write, tmp_path):
+    for place in ("", "r", "x"):
+        (tmp_path / "runs" / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / place / "mine").write_text("keep")
+    before = sorted(tmp_path.glob("runs/**/*"))
+    refused(train(tiny_demonstrations, "--auto-resume", "--run.name="), "run.name", "is no name")
+    refused(train(tiny_demonstrations, "--auto-resume", "--run.name=.."), "run.name", "is no name")
+    refused(train(write("{not JSON"), "--auto-resume"), "data.jsonl:1")
+    refused(train(tiny_demonstrations, "--auto-resume", "--rollout.workers=500"), "CPUs")
+    assert sorted(tmp_path.glob("runs/**/*")) == before
+
+
+def test_an_output_that_is_a_file(train, tiny_demonstrations, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "r").write_text("mine")
+    code, said = train(tiny_demonstrations)
+    assert code == 2
+    assert f"run.output: {tmp_path}/runs/r cannot be written" in said
+    assert (tmp_path / "runs" / "r").read_text() == "mine"
 
 
 def test_more_processes_than_cpus(train, tiny_demonstrations):

@@ -7,6 +7,7 @@ accounts.
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -62,9 +63,15 @@ def interrupted(launch: Launch, copied: dict[str, str]) -> tuple[Finished, list[
 def resumed(
     launch: Launch, copied: dict[str, str], interrupted: tuple[Finished, list[dict[str, Any]]]
 ) -> Finished:
-    """The same run, resumed where its own folder is lost."""
-    folder = interrupted[0].folder
+    """The same run, resumed where its own folder is lost and the copy's newest checkpoint is torn."""
+    folder, step = interrupted[0].folder, len(interrupted[1])
     folder.rename(folder.with_name("lost"))
+    kept = folder.parent / "copies" / folder.name / "checkpoints"
+    torn = kept / f"step-{step + 1:06d}"
+    shutil.copytree(kept / f"step-{step:06d}", torn)
+    manifest = json.loads((torn / "manifest.json").read_text())
+    (torn / "manifest.json").write_text(json.dumps(manifest | {"step": step + 1}))
+    (torn / "buffer.parquet").write_bytes(b"torn")
     return launch("broken", copied, resume=True)
 
 
@@ -222,6 +229,9 @@ def test_a_resumed_run_equals_the_unbroken_one(unbroken, interrupted, resumed):
     """Number for number: every metric that is no time or memory, and every weight."""
     assert resumed.code == 0, resumed.output[-3000:]
     assert "fetched from file://" in resumed.output
+    assert "buffer.parquet differs from the manifest" in resumed.output
+    assert "changed: " not in resumed.output
+    assert not list((resumed.folder / "checkpoints").glob(".*")), "the torn one went with the next checkpoint"
     assert resumed.left == []
     assert resumed.rows[: len(interrupted[1])] == interrupted[1]
     assert [row["step"] for row in resumed.rows] == list(range(1, STEPS + 1))

@@ -313,3 +313,40 @@ def test_discount_follows_the_level_unless_it_is_set():
 def test_longest_sequence_follows_prompt_and_response_unless_it_is_set():
     assert load(None, [*NEEDED, "--data.max_prompt_tokens=10", "--sampling.max_tokens=5"]).max_model_len == 15
     assert load(None, [*NEEDED, "--rollout.max_model_len=1000"]).max_model_len == 1000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "-x",
+        "_x",
+        "a/x",
+        "/x",
+        "a\\x",
+        "a\0",
+        "a\n",
+        "a b",
+        "ü",
+        "a\u0301",
+        "x" * 65,
+        "٣",
+    ],
+)
+def test_a_name_is_a_name(name):
+    """It becomes a folder, a label of metrics and part of addresses."""
+    with pytest.raises(ConfigError, match=r"^run\.name: .* is no name: give at most 64") as refused:
+        load(None, [*NEEDED, f"--run.name={name}"])
+    assert len(str(refused.value).splitlines()) == 1
+    for good in ("x" * 64, "7", "A.b_c-9"):
+        assert load(None, [*NEEDED, f"--run.name={good}"]).run.name == good
+
+
+@pytest.mark.parametrize("output", ["a\0b", "a\nb", "~nobody-of-this-name/runs"])
+def test_an_output_that_can_be_no_folder(output):
+    with pytest.raises(ConfigError, match=r"^run\.output: .* is no folder: ") as refused:
+        load(None, [*NEEDED, f"--run.output={output}"])
+    assert len(str(refused.value).splitlines()) == 1

@@ -17,7 +17,7 @@ from services import lease
 from services.config import ConfigError, load
 from services.jobs.resumption import set_aside, wait_for_an_earlier_driver
 from services.lease import LEASE, STALE_S, Lease, holder, wait_until_free
-from services.run_folder import prepare_folder
+from services.run_folder import check_folder
 
 HOLDS = """
 import sys, time
@@ -134,7 +134,7 @@ def test_neither_resume_nor_set_aside_beneath_a_living_driver(tmp_path, monkeypa
     written(config.folder)
     for resume in (False, True):
         with pytest.raises(ConfigError, match="another driver writes there"):
-            prepare_folder(config, resume)
+            check_folder(config, resume=resume, auto=False)
     monkeypatch.setattr("services.jobs.resumption.STALE_S", 0.0)
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "0")
     with pytest.raises(ConfigError, match="another driver writes there"):
@@ -142,4 +142,4 @@ def test_neither_resume_nor_set_aside_beneath_a_living_driver(tmp_path, monkeypa
     written(config.folder, time=0.0)
     wait_for_an_earlier_driver(config, print)
     assert set_aside(config, 0.0) is None, "a lease alone is no attempt"
-    prepare_folder(config, False)
+    check_folder(config, resume=False, auto=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import full_disk
 
 from services.metrics import MetricsLog, PhaseTimer, flatten, process_memory, read_metrics, strict
 from services.watching.alarms import CHECKS, AlarmBounds, Alarms
@@ -170,3 +171,33 @@ def test_an_alarm_comes_back_after_a_pause_and_absent_metrics_are_silent() -> No
     assert [alarm.step for alarm in alarms.raised] == [0, 3]
     assert all(check([{"step": 1}], AlarmBounds()) is None for check in CHECKS.values())
     assert alarms.check([]) == []
+
+
+def test_rows_that_a_full_disk_does_not_take_come_later(tmp_path):
+    """The kernel refuses to let the file grow; the row it cuts is completed once there is room."""
+    log = MetricsLog(tmp_path, tensorboard=False, clock=lambda: 0.0)
+    log.log(1, {"a": 1})
+    with full_disk(room=log.path.stat().st_size + 10):
+        log.log(2, {"a": 2})
+        assert "could not be written: File too large" in log.problem
+        log.log(3, {"a": 3})
+    assert [row["step"] for row in read_metrics(log.path)] == [1]
+    log.log(4, {"a": 4})
+    assert log.problem == ""
+    assert [row["a"] for row in read_metrics(log.path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0\0\0\0", b"[1]", b"7", b'{"a": 1}', b'{"step": "x"}', b'{"step": true}', b'{"step": -1}', b"\xff",
+        b'{"step": 1}', b'{"step": 3, "a": [1]}', b'{"step": 3, "a": NaN}', b"[" * 100_000,
+        b'{"step": 3, "a": 1' + b"0" * 400 + b"}",
+    ],
+)  # fmt: skip
+def test_a_damaged_row_is_named_and_one_that_is_not_read_does_not_matter(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + line + b'\n{"step": 4}\n')
+    with pytest.raises(ValueError, match=rf"^{path}:3: .*; delete the line$"):
+        read_metrics(path)
+    assert [row["step"] for row in read_metrics(path, 2)] == [1, 2]

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from rollout.printable import printable
 from services.display import Display, clock_time, step_line
 from services.evaluation.evaluate import KEYS
-from services.printable import printable
 from services.report import (
     line_chart,
     markdown_table,

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from services.checkpoint import Checkpoints
-from services.config import Config, load
-from services.jobs.resumption import goes_on, set_aside
+import pytest
+
+from services.config import Config, ConfigError, load
+from services.jobs.resumption import find_checkpoint, set_aside
+from services.run_folder import checkpoints_of
 
 NOON = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
 
@@ -15,13 +17,24 @@ def run_of(tmp_path: Path) -> Config:
 
 def test_a_finished_checkpoint_is_gone_on_from(tmp_path):
     config = run_of(tmp_path)
-    checkpoints = Checkpoints(config.folder / "checkpoints", 2)
-    checkpoints.begin(3)
-    assert not goes_on(config)  # begun is not finished
-    checkpoints.commit(3, {})
-    assert goes_on(config)
+    checkpoints_of(config).begin(3)
+    checkpoints_of(config).commit(3, {"step": 3})
+    found = find_checkpoint(config, auto=True, step=None, say=print)
+    assert found is not None
+    assert found.state == {"step": 3}
     assert set_aside(config, NOON) is None
     assert config.folder.is_dir()
+
+
+def test_what_is_begun_is_set_aside_when_the_run_begins_anew(tmp_path):
+    config, said = run_of(tmp_path), []
+    checkpoints_of(config).begin(3)
+    with pytest.raises(ConfigError, match="no finished checkpoint"):
+        find_checkpoint(config, auto=False, step=None, say=said.append)
+    assert find_checkpoint(config, auto=True, step=None, say=said.append) is None
+    assert len(said) == 1
+    assert "an earlier attempt left no checkpoint" in said[0]
+    assert not config.folder.exists()
 
 
 def test_an_attempt_without_a_checkpoint_is_renamed_and_kept_whole(tmp_path):

@@ -11,3 +11,8 @@ def printable(text: str) -> str:
     inside a JSON string still means that character). Tabs and line feeds stay.
     """
     return _ACTS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """The same of a text's beginning, without line breaks: for messages."""
+    return printable(text[:most]).replace("\n", "\\n")
