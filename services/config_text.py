@@ -61,7 +61,7 @@ def _values(field: FieldInfo) -> str:
         return ""
     words = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
     said = [
-        f"{word} {getattr(limits[kind], name):g}" for kind, (word, name) in words.items() if kind in limits
+        f"{word} {getattr(limits[kind], name)}" for kind, (word, name) in words.items() if kind in limits
     ]
     return f"{', '.join(said)}.".capitalize()
 

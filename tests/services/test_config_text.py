@@ -73,7 +73,7 @@ def test_the_template_names_every_option_and_upper_bounds():
     for line in (
         '# One of "bce", "hinge", "least_squares", "bradley_terry", "wasserstein".',
         "# At least 1, at most 3.",
-        "# The run's folder is output/name.",
+        "# At least 0, below 2147483648.",
     ):
         assert line in printed.splitlines()
 
