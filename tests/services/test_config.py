@@ -327,7 +327,6 @@ def test_longest_sequence_follows_prompt_and_response_unless_it_is_set():
         "a/x",
         "/x",
         "a\\x",
-        "a\0",
         "a\n",
         "a b",
         "ü",
