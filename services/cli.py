@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rollout.data import DataError
+from rollout.data import DataError, require_files
 from services.config import Config, ConfigError, load
 from services.config_text import to_toml
 from services.export import EXPORTED_CONFIG
@@ -59,6 +59,7 @@ def train(
 ) -> None:
     """Fine-tune, adversarially or by a baseline. Any field can be overridden: --learner.lr 1e-5"""
     settings = load(config, context.args)
+    require_files(settings.data)
     if dry_run:
         from services.plan import local_gpus, resource_plan
 
@@ -232,6 +233,7 @@ def evaluate(
     own = _config_of_run(model)
     given = [f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
     settings = load(base or own, [*context.args, *given])
+    require_files(settings.data, str(demonstrations))
     if own and not test_split and Path(load(own).data.demonstrations).resolve() == demonstrations.resolve():
         typer.echo(
             "note: the model's run learned from this file; --test-split leaves those prompts out", err=True
@@ -257,6 +259,8 @@ def generate(
         raise ConfigError("nothing to answer: give --prompt TEXT or --prompts FILE")
     given = [f"--policy.model={model}", "--data.demonstrations=-"]
     settings = load(base or _config_of_run(model), [*context.args, *given])
+    if prompts is not None:
+        require_files(settings.data, str(prompts))
     from services.standalone import generate_answers
 
     generate_answers(settings, prompt or [], prompts)

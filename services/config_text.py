@@ -1,6 +1,7 @@
 """A configuration as TOML text: a run's own, and the template that `rlgaf config` prints."""
 
 import json
+from datetime import date
 from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -64,6 +65,12 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML string, but for the control character DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

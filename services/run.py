@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+from datetime import date
 
 from rollout.data import load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.autoscaling import bring_up, largest
-from services.config import Config, ConfigError, with_absolute_paths
+from services.config import Config, ConfigError, given, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
 from services.lease import Lease
 from services.methods import method_title, not_read
@@ -18,6 +19,17 @@ from services.report import make_console
 from services.run_folder import check_cursor, prepare_folder
 from services.run_life import RunLife
 from services.wandb_run import WandbRun
+
+
+def with_today(config: Config, *, resume: bool) -> Config:
+    """The same configuration with the date that a chat template may read: of the day on which the run began,
+    which its config.toml has, so that a run that is resumed has the prompts it had.
+    """
+    if config.data.prompt_format != "chat" or config.data.today is not None:
+        return config
+    own = given(config.folder / "config.toml").get("data", {}).get("today") if resume else None
+    today = own if isinstance(own, date) else date.today()
+    return config.model_copy(update={"data": config.data.model_copy(update={"today": today})})
 
 
 def run(config: Config, *, resume: bool) -> int:
@@ -36,6 +48,7 @@ def run(config: Config, *, resume: bool) -> int:
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
     checkpoints = prepare_folder(config, resume)
+    config = with_today(config, resume=resume)
     if config.run.mirror and not resume:
         refuse_used(config)
     plan = resource_plan(config, gpus=local_gpus())

@@ -28,6 +28,7 @@ class Words:
 
     def __init__(self, most: int = 50) -> None:
         self.most = most
+        self.specials = ["<|end|>", "<|user|>"]
 
     def render(self, prompt: str) -> str:
         return prompt
@@ -107,7 +108,7 @@ def test_other_files_of_a_folder_are_one_data_set(tmp_path: Path) -> None:
         assert read(folder).num_rows == 40
     write_jsonl(tmp_path / "test-0" / "train_sft-0.jsonl", pairs(1))
     with pytest.raises(
-        DataError, match=r"has the splits test, train_sft; name a file of one, e\.g\. .*test-0\.jsonl"
+        DataError, match=r'has the splits test, train_sft; set data\.split to one of them, e\.g\. "test"'
     ):
         read(tmp_path / "test-0")
 

@@ -282,8 +282,9 @@ def test_configuration_imports_nothing_heavy(module):
 def test_dry_run_prints_configuration_and_plan_quickly_and_makes_nothing(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "services.cli", "train", "--dry-run"]
     (tmp_path / "run.toml").write_text(
-        f'[policy]\nmodel = "no/where"\n[data]\ndemonstrations = "d"\n[run]\noutput = "{tmp_path}/runs"\n'
+        f'[policy]\nmodel = "no/where"\n[data]\ndemonstrations = "{tmp_path}"\n[run]\noutput = "{tmp_path}/runs"\n'
     )
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
     began = time.monotonic()
     done = subprocess.run(
         [*command, str(tmp_path / "run.toml"), "--learner.lr", "1e-5", "--run.seed", "-4"],
