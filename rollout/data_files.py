@@ -100,7 +100,8 @@ def _folder(path: Path, report: ReadReport, split: str) -> list[Path]:
     if len({_FORMATS[p.suffix.lower()] for p in files}) > 1:
         suffixes = sorted({p.suffix for p in files})
         raise DataError(f"{path}: holds {', '.join(suffixes)} files; name the file to read")
-    report.notes.append(f"{len(files)} files")
+    if len(files) > 1:
+        report.notes.append(f"{len(files)} files")
     return files
 
 
@@ -130,9 +131,8 @@ def _chosen(path: Path, splits: list[str], split: str) -> str:
     """The split to read."""
     name = split or (splits[0] if len(splits) == 1 else "train")
     if name not in splits:
-        raise DataError(
-            f'{path}: has the splits {", ".join(splits)}; set data.split to one of them, e.g. "{splits[0]}"'
-        )
+        likely = next((known for known in splits if known.startswith("train")), splits[0])
+        raise DataError(f'{path}: has the splits {", ".join(splits)}; set data.split, as in "{likely}"')
     return name
 
 
