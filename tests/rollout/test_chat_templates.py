@@ -128,10 +128,16 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )
-MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | VALUES},
-    optional={"content": st.text(max_size=20) | VALUES, "tool_calls": VALUES, "name": VALUES},
+CALL = st.fixed_dictionaries({"function": st.fixed_dictionaries({"arguments": st.text(max_size=5) | VALUES})})
+ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
+CHAT = st.fixed_dictionaries(
+    {"role": ROLES, "content": st.text(max_size=20)},
+    optional={"tool_calls": st.lists(CALL, max_size=2) | VALUES, "name": VALUES},
 )
+ODD = st.fixed_dictionaries(
+    {"role": ROLES | VALUES}, optional={"content": VALUES, "tool_calls": st.lists(CALL)}
+)
+PROMPT = st.lists(CHAT, max_size=4) | st.lists(CHAT | ODD | VALUES, max_size=4) | VALUES
 
 
 @pytest.mark.parametrize("cases", [150, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -151,7 +157,7 @@ def test_any_messages_are_rendered_or_refused_by_any_template(tiny_model: Path, 
     ]
 
     @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(made), st.lists(MESSAGE | VALUES, max_size=4) | VALUES)
+    @given(st.sampled_from(made), PROMPT)
     def holds(one: Renderer, prompt: object) -> None:
         record = {"prompt": prompt, "response": "r"}
         row = check_row("a:1", record, "prompt", ["response"], "chat", ReadReport("a", stop=False))
