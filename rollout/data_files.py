@@ -56,8 +56,10 @@ def _files(path: Path, report: ReadReport, split: str) -> list[Path]:
     else:
         files = _folder(path, report, split)
     for file in files:
-        if not file.is_file() or file.stat().st_size == 0:
-            raise DataError(f"{file}: file is missing or is empty")
+        if not file.is_file():
+            raise DataError(f"{file}: file is missing, or none")
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: file is empty")
     return files
 
 

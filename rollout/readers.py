@@ -67,14 +67,16 @@ def _records(
     file: Path, prompt: str, responses: Sequence[str], report: ReadReport
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and record of every row. Raises DataError for whatever is wrong with the file."""
-    columns = [prompt, *responses]
+    columns, kind = [prompt, *responses], "JSON Lines"
     try:
         with file.open("rb") as stream:
             head = stream.read(4096)
         _refuse_other_kinds(file, head, columns)
         if head.startswith(b"PAR1") or file.suffix.lower() == ".parquet":
+            kind = "Parquet"
             yield from _parquet(file, prompt, responses)
         elif head.startswith(b"ARROW1") or file.suffix.lower() == ".arrow":
+            kind = "Arrow"
             yield from _arrow(file, prompt, responses, report)
         else:
             yield from _jsonl(file, head, report)
@@ -82,7 +84,7 @@ def _records(
         raise
     except _UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file}: damaged or not readable: {reason}") from error
+        raise DataError(f"{file}: damaged, or not a readable {kind} file: {reason}") from error
 
 
 def _refuse_other_kinds(file: Path, head: bytes, columns: list[str]) -> None:

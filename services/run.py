@@ -27,7 +27,8 @@ def with_today(config: Config, *, resume: bool) -> Config:
     """
     if config.data.prompt_format != "chat" or config.data.today is not None:
         return config
-    own = given(config.folder / "config.toml").get("data", {}).get("today") if resume else None
+    file = config.folder / "config.toml"
+    own = given(file).get("data", {}).get("today") if resume and file.exists() else None
     today = own if isinstance(own, date) else date.today()
     return config.model_copy(update={"data": config.data.model_copy(update={"today": today})})
 
@@ -42,13 +43,12 @@ def run(config: Config, *, resume: bool) -> int:
     console.print(f"method: {method_title(config)}", highlight=False, markup=False)
     if unread := not_read(config):
         console.print(f"not read by this method: {', '.join(unread)}", highlight=False, markup=False)
-    config = with_absolute_paths(config)
+    config = with_today(with_absolute_paths(config), resume=resume)
     try:
         check_vllm_version()
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
     checkpoints = prepare_folder(config, resume)
-    config = with_today(config, resume=resume)
     if config.run.mirror and not resume:
         refuse_used(config)
     plan = resource_plan(config, gpus=local_gpus())

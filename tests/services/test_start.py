@@ -15,9 +15,11 @@ def test_a_chat_run_keeps_the_date_on_which_it_began(tmp_path: Path) -> None:
     chat = load(None, [*words, "--data.prompt_format=chat"])
     begun = with_today(chat, resume=False)
     assert begun.data.today == date.today()
-    with pytest.raises(ConfigError, match=r"config\.toml: no such configuration file"):
-        with_today(chat, resume=True)
+    assert with_today(chat, resume=True).data.today == date.today(), "the folder has none to keep"
     begun.folder.mkdir()
+    (begun.folder / "config.toml").write_text("[")
+    with pytest.raises(ConfigError, match=r"config\.toml: not valid TOML"):
+        with_today(chat, resume=True)
     yesterday = begun.data.model_copy(update={"today": date(2026, 11, 30)})
     (begun.folder / "config.toml").write_text(to_toml(begun.model_copy(update={"data": yesterday})))
     assert with_today(chat, resume=True).data.today == date(2026, 11, 30)
