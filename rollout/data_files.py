@@ -5,6 +5,7 @@ is refused instead of left out, and what is left out for its split is noted.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def data_files(path: Path, report: ReadReport, split: str = "") -> list[Path]:
     try:
         return _files(path, report, split)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
 
 def _files(path: Path, report: ReadReport, split: str) -> list[Path]:
@@ -57,7 +58,7 @@ def _files(path: Path, report: ReadReport, split: str) -> list[Path]:
         files = _folder(path, report, split)
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file}: file is missing, or none")
+            raise DataError(f"{file}: file is missing, or no regular file")
         if file.stat().st_size == 0:
             raise DataError(f"{file}: file is empty")
     return files
@@ -89,7 +90,7 @@ def _names(file: Path, key: str) -> list[str]:
 
 def _folder(path: Path, report: ReadReport, split: str) -> list[Path]:
     """All data files of a folder, or of one of its splits."""
-    seen = [p for p in sorted(path.rglob("*")) if p.is_file() and not _left_alone(p.relative_to(path))]
+    seen = [p for p in _below(path) if not _left_alone(p.relative_to(path))]
     files = [p for p in seen if p.suffix.lower() in _FORMATS]
     if not files:
         raise DataError(f"{path}: folder holds no .jsonl, .parquet or .arrow file")
@@ -105,6 +106,24 @@ def _folder(path: Path, report: ReadReport, split: str) -> list[Path]:
     if len(files) > 1:
         report.notes.append(f"{len(files)} files")
     return files
+
+
+def _below(path: Path) -> list[Path]:
+    """All files below a folder, behind links too, each folder once. Raises OSError for an unreadable one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    visited: set[str] = set()
+    for folder, inner, names in os.walk(path, onerror=refuse, followlinks=True):
+        inner.sort()
+        if (real := os.path.realpath(folder)) in visited:
+            inner.clear()
+            continue
+        visited.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
 
 
 def _left_alone(file: Path) -> bool:

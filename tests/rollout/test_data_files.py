@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,24 @@ def test_hidden_copies_are_not_read_twice(tmp_path: Path, copy: str) -> None:
     table, report = read(put(tmp_path, {"a.jsonl": GOOD, copy: GOOD}))
     assert table.num_rows == len(TEXTS)
     assert report.notes == []
+
+
+def test_folders_behind_links_are_read_once_and_lost_files_are_refused(tmp_path: Path) -> None:
+    half = len(TEXTS) // 2
+    put(tmp_path, {"set/a.jsonl": lines(TEXTS[:half]), "elsewhere/b.jsonl": lines(TEXTS[half:])})
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    assert read(tmp_path / "set")[0]["response"].to_pylist() == [row["response"] for row in TEXTS]
+    (tmp_path / "set" / "c.jsonl").symlink_to(tmp_path / "blobs" / "lost")
+    with pytest.raises(DataError, match=r"c\.jsonl: file is missing"):
+        read(tmp_path / "set")
+
+
+def test_paths_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("pipe", "x" * 5000, "a\0b", "\ud800"):
+        with pytest.raises(DataError):
+            read(tmp_path / path)
 
 
 def test_rows_that_stand_twice_are_noted(tmp_path: Path) -> None:
