@@ -11,6 +11,7 @@ of which the template makes one text.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,13 +250,19 @@ def _notes(table: pa.Table, renderer: PromptRenderer, responses: list[str]) -> l
     if responses and copies:
         notes.append(f"{copies} rows repeat another one word for word")
     for column in ("prompt", *responses):
-        spelled = {
-            token: pc.sum(pc.match_substring(table[column], token)).as_py() for token in renderer.specials
-        }
-        if found := ", ".join(f"{token} ({rows} rows)" for token, rows in sorted(spelled.items()) if rows):
+        if found := _spelled(table[column], renderer.specials):
             read_as = "control tokens" if column == "prompt" else "plain letters"
             notes.append(f"special tokens spelled in the {column}, read as {read_as}: {found}")
     return notes
+
+
+def _spelled(texts: pa.ChunkedArray, specials: list[str]) -> str:
+    """Which special tokens stand in texts, and in how many each."""
+    if not specials:
+        return ""
+    some = texts.filter(pc.match_substring_regex(texts, "|".join(map(re.escape, specials))))
+    counts = {token: pc.sum(pc.match_substring(some, token)).as_py() for token in sorted(specials)}
+    return ", ".join(f"{token} ({rows} rows)" for token, rows in counts.items() if rows)
 
 
 def _rendered(

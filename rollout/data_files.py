@@ -102,7 +102,7 @@ def _folder(path: Path, report: ReadReport, split: str) -> list[Path]:
     files = _one_split(path, files, report, split)
     if len({_FORMATS[p.suffix.lower()] for p in files}) > 1:
         suffixes = sorted({p.suffix for p in files})
-        raise DataError(f"{path}: holds {', '.join(suffixes)} files; name the file to read")
+        raise DataError(f"{path}: holds {', '.join(suffixes)} files; leave one kind there, or name the file")
     if len(files) > 1:
         report.notes.append(f"{len(files)} files")
     return files
