@@ -2,6 +2,7 @@
 workers.
 """
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -76,8 +78,7 @@ class DataConfig(Section):
     """Where demonstrations and prompts come from and how they are split."""
 
     demonstrations: str = ""
-    """JSONL or Parquet file, or a Hugging Face dataset folder (of several splits "train" is read), with one
-    demonstration (prompt, response) a row.
+    """JSONL or Parquet file, or a Hugging Face dataset folder; a row is one demonstration (prompt, response).
     """
 
     prompts: str = ""
@@ -87,6 +88,9 @@ class DataConfig(Section):
     preferences: str = ""
     """Optional file or folder of preference pairs (prompt, chosen, rejected) for the reward model of
     run.method = "rlhf"."""
+
+    split: str = ""
+    """Which split to read of a folder that has several ("train" where none is named), such as "train_sft"."""
 
     prompt_column: str = "prompt"
     """Column with the prompt: a string, or a list of chat messages with `role` and `content`."""
@@ -111,6 +115,13 @@ class DataConfig(Section):
     system_prompt: str = ""
     """System message put before every chat prompt that does not bring its own."""
 
+    template_variables: dict[str, JsonValue] = {}
+    """Variables of the chat template, as in {enable_thinking = false}."""
+
+    today: date | None = None
+    """The date that a chat template reads with strftime_now (none: the day on which the run began, which its
+    own config.toml keeps)."""
+
     max_prompt_tokens: PositiveInt = 512
     """Prompts longer than this many tokens are an error (or skipped with on_error = "skip")."""
 
@@ -127,7 +138,7 @@ class DataConfig(Section):
     """Share of prompts read only to report base, best and last."""
 
     split_seed: Seed = 0
-    """Seed of the split; the same seed and prompts give the same four splits."""
+    """Seed of the split; the same seed and prompts give the same four splits, whatever the template."""
 
     max_demonstrations: PositiveInt | None = None
     """Use at most this many training demonstrations (none: all). Evaluation splits stay as they are."""

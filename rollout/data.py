@@ -3,12 +3,15 @@
 A row goes through three stages, a batch at a time, so that a file of millions of rows never becomes a list of
 Python objects: `rollout.readers` turns JSONL, Parquet or an Arrow folder into checked rows, the renderer
 (`rollout.templates`) turns the prompt into the text the policy sees, and this module names the prompt by a
-hash of that text and assigns the split from a hash of (split_seed, prompt_id). The split of a prompt
-therefore depends on nothing but its own text and the seed: not on the order, the size or the format of the
-file, and all demonstrations of a prompt stay together.
+hash of its messages and assigns the split from a hash of (split_seed, prompt_id). The split of a prompt
+therefore depends on nothing but its own messages and the seed: not on the template or the date in it, nor on
+the order, the size or the format of the file. All demonstrations of a prompt stay together, and so do prompts
+of which the template makes one text.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rollout.config import DataConfig
-from rollout.readers import DataError, ReadReport, Row, read_batches
+from rollout.data_files import data_files
+from rollout.readers import read_batches
+from rollout.rows import DataError, ReadReport, Row
 
 __all__ = [
     "DEMONSTRATION_SCHEMA",
@@ -29,12 +34,14 @@ __all__ = [
     "DataSplits",
     "PromptRenderer",
     "ReadReport",
+    "identity",
     "load_data",
     "prompt_id",
     "read_demonstrations",
     "read_preferences",
     "read_prompts",
     "require_at_least",
+    "require_files",
     "split_of",
 ]
 
@@ -55,6 +62,11 @@ class PromptRenderer(Protocol):
 
     def check_lengths(self, texts: list[str]) -> list[str | None]:
         """For every text None, or why it cannot be used as a prompt."""
+        ...
+
+    @property
+    def specials(self) -> list[str]:
+        """The special tokens as text."""
         ...
 
 
@@ -88,9 +100,24 @@ class DataSplits:
         return prompts.filter(prompts["demonstrated"])
 
 
-def prompt_id(prompt_text: str) -> str:
-    """16 hexadecimal digits of BLAKE2b over the rendered prompt; the same text has the same id everywhere."""
-    return hashlib.blake2b(prompt_text.encode(), digest_size=8).hexdigest()
+def identity(prompt: str, data: DataConfig) -> str:
+    """What a prompt is named by: text as it stands (chat: alone, or as the one message that it would become),
+    else the canonical JSON of its messages."""
+    if data.prompt_format == "text":
+        return prompt
+    messages = json.loads(prompt)
+    if isinstance(messages, str):
+        return messages
+    if data.prompt_template == "{prompt}" and messages == [
+        {"role": "user", "content": messages[0]["content"]}
+    ]:
+        return str(messages[0]["content"])
+    return json.dumps(messages, ensure_ascii=False, sort_keys=True)
+
+
+def prompt_id(identity: str) -> str:
+    """16 hexadecimal digits of BLAKE2b over a prompt's `identity`; a prompt has the same id everywhere."""
+    return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
 def split_of(identifier: str, data: DataConfig) -> str:
@@ -133,6 +160,12 @@ def read_prompts(path: str | Path, data: DataConfig, renderer: PromptRenderer) -
     return _first_of_each_prompt(table), report
 
 
+def require_files(data: DataConfig, *paths: str) -> None:
+    """Raise DataError unless the files of the paths (none given: of `data`) are there; they are not read."""
+    for path in filter(None, paths or (data.demonstrations, data.prompts, data.preferences)):
+        data_files(Path(path), ReadReport(path, stop=True), data.split)
+
+
 def load_data(data: DataConfig, renderer: PromptRenderer) -> DataSplits:
     """Read `data.demonstrations`, `data.prompts` and `data.preferences` and split them.
 
@@ -156,13 +189,12 @@ def load_data(data: DataConfig, renderer: PromptRenderer) -> DataSplits:
     extra = PROMPT_SCHEMA.empty_table()
     if data.prompts:
         extra, report = read_prompts(data.prompts, data, renderer)
-        extra = _without(extra, {i for i in distinct if split[i] != "train"}, report)
+        extra = _without(extra, [members[name] for name in SPLITS if name != "train"], report)
         reports.append(report)
     pairs, held = PREFERENCE_SCHEMA.empty_table(), PREFERENCE_SCHEMA.empty_table()
     if data.preferences:
         pairs, report = read_preferences(data.preferences, data, renderer)
-        judges = {i for i in distinct if split[i] in ("selection", "test")}
-        pairs = _without(pairs, judges, report)
+        pairs = _without(pairs, [members["selection"], members["test"]], report)
         own = [split_of(identifier, data) == "heldout" for identifier in pairs["prompt_id"].to_pylist()]
         pairs, held = pairs.filter(pc.invert(pa.array(own, pa.bool_()))), pairs.filter(own)
         reports.append(report)
@@ -191,17 +223,50 @@ def _read(
     names = schema.names[len(PROMPT_SCHEMA) :]
     batches = [
         pa.RecordBatch.from_pydict(columns, schema=schema)
-        for rows in read_batches(path, data.prompt_column, response_columns, data.prompt_format, report)
-        for columns in _rendered(rows, renderer, report, names)
+        for rows in read_batches(
+            path, data.prompt_column, response_columns, data.prompt_format, report, data.split
+        )
+        for columns in _rendered(rows, data, renderer, report, names)
     ]
     table = pa.Table.from_batches(batches, schema=schema)
     if table.num_rows == 0:
         raise DataError(f"{path}: no usable row{report.examples_text()}")
+    table = _one_id_a_text(table)
+    report.notes += _notes(table, renderer, names)
     return table, report
 
 
+def _one_id_a_text(table: pa.Table) -> pa.Table:
+    """Prompts of which the template makes one text share an id, or one split would know another's prompts."""
+    least = table.group_by("prompt_text").aggregate([("prompt_id", "min")])
+    row = pc.index_in(table["prompt_text"], least["prompt_text"].combine_chunks())
+    return table.set_column(0, "prompt_id", least["prompt_id_min"].take(row))
+
+
+def _notes(table: pa.Table, renderer: PromptRenderer, responses: list[str]) -> list[str]:
+    """What the user may not know of the rows: repeated ones, and special tokens that they spell."""
+    notes = []
+    copies = table.num_rows - table.group_by(["prompt_id", *responses]).aggregate([]).num_rows
+    if responses and copies:
+        notes.append(f"{copies} rows repeat another one word for word")
+    for column in ("prompt", *responses):
+        if found := _spelled(table[column], renderer.specials):
+            read_as = "control tokens" if column == "prompt" else "plain letters"
+            notes.append(f"special tokens spelled in the {column}, read as {read_as}: {found}")
+    return notes
+
+
+def _spelled(texts: pa.ChunkedArray, specials: list[str]) -> str:
+    """Which special tokens stand in texts, and in how many each."""
+    if not specials:
+        return ""
+    some = texts.filter(pc.match_substring_regex(texts, "|".join(map(re.escape, specials))))
+    counts = {token: pc.sum(pc.match_substring(some, token)).as_py() for token in sorted(specials)}
+    return ", ".join(f"{token} ({rows} rows)" for token, rows in counts.items() if rows)
+
+
 def _rendered(
-    rows: list[Row], renderer: PromptRenderer, report: ReadReport, names: list[str]
+    rows: list[Row], data: DataConfig, renderer: PromptRenderer, report: ReadReport, names: list[str]
 ) -> Iterator[dict[str, list[str]]]:
     """The columns of the rows whose prompt can be rendered and is short enough (at most one batch); their
     responses go into the columns `names`."""
@@ -217,7 +282,7 @@ def _rendered(
         if complaint is not None:
             report.bad_row(row.where, complaint)
             continue
-        columns["prompt_id"].append(prompt_id(text))
+        columns["prompt_id"].append(prompt_id(identity(row.prompt, data)))
         columns["prompt"].append(row.prompt)
         columns["prompt_text"].append(text)
         for name, response in zip(names, row.responses, strict=True):
@@ -227,9 +292,10 @@ def _rendered(
         yield columns
 
 
-def _without(table: pa.Table, prompts: set[str], report: ReadReport) -> pa.Table:
-    """The rows of all other prompts; those of `prompts`, which evaluations use, are counted."""
-    judged = pc.is_in(table["prompt_id"], pa.array(sorted(prompts), pa.string()))
+def _without(table: pa.Table, splits: list[pa.Table], report: ReadReport) -> pa.Table:
+    """The rows of all prompts but those of `splits`, which evaluations use; these are counted."""
+    texts = pa.concat_tables(splits)["prompt_text"].combine_chunks()
+    judged = pc.is_in(table["prompt_text"], texts)
     if leaked := pc.sum(judged).as_py() or 0:
         report.skip(leaked, "prompt belongs to an evaluation split of the demonstrations")
     return table.filter(pc.invert(judged))

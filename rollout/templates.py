@@ -9,7 +9,9 @@ Everything here runs before any model weights are read, so a wrong name, a missi
 without EOS or a prompt budget beyond the model's context stops the run early.
 """
 
+import inspect
 import json
+from datetime import datetime, time
 from functools import cached_property
 from pathlib import Path
 from string import Formatter
@@ -17,7 +19,7 @@ from typing import Any
 
 from rollout.config import DataConfig, PolicyConfig, SamplingConfig
 from rollout.hub import hub_problem
-from rollout.readers import DataError
+from rollout.rows import DataError
 
 _LONGEST_SANE_CONTEXT = 10**9  # tokenizers without a limit report 1e30
 
@@ -150,6 +152,8 @@ class Renderer:
         self._data = data
         self._model = policy.model
         self._check_template()
+        self._variables = self._template_variables()
+        self.specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
         if data.prompt_format == "chat" and not tokenizer.chat_template:
             raise DataError(
                 f'data.prompt_format = "chat", but the tokenizer of {policy.model!r} has no chat '
@@ -157,13 +161,14 @@ class Renderer:
                 'data.prompt_format = "text" with data.prompt_template, or put a chat_template.jinja '
                 "into the model folder"
             )
-        if data.prompt_format == "text" and data.system_prompt:
-            raise DataError(
-                'data.system_prompt needs data.prompt_format = "chat"; for text use data.prompt_template'
-            )
+        for name in ("system_prompt", "template_variables"):
+            if data.prompt_format == "text" and getattr(data, name):
+                raise DataError(
+                    f'data.{name} needs data.prompt_format = "chat"; for text use data.prompt_template'
+                )
 
     def render(self, prompt: str) -> str:
-        """Text of one prompt. Raises DataError when the chat template refuses the messages."""
+        """Text of one prompt. Raises DataError when the chat template refuses or fails."""
         if self._data.prompt_format == "text":
             return self._data.prompt_template.format(prompt=prompt)
         messages = json.loads(prompt)
@@ -171,14 +176,15 @@ class Renderer:
             messages = [{"role": "user", "content": self._data.prompt_template.format(prompt=messages)}]
         if self._data.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._data.system_prompt}, *messages]
-        from jinja2.exceptions import TemplateError
-
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self._variables
+                )
             )
-        except TemplateError as error:
-            raise DataError(f"the chat template of {self._model!r} refuses the prompt: {error}") from error
+        except Exception as error:  # a template is a program of the model's author: it can raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"the chat template of {self._model!r} refuses the prompt: {reason}") from error
 
     def shown(self, prompt: str) -> str:
         """A prompt as a reader of samples wants it: without the template; of a chat, its last message."""
@@ -189,14 +195,14 @@ class Renderer:
 
     def encode(self, text: str) -> list[int]:
         """Prompt ids of rendered text, with the tokenizer's prefix (BOS) for plain text."""
-        return self.prefix + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._with_prefix(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def check_lengths(self, texts: list[str]) -> list[str | None]:
         """For every rendered text None, or why it is no usable prompt: no token at all, or too many."""
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         complaints: list[str | None] = []
         for ids in encoded:
-            tokens = len(self.prefix) + len(ids)
+            tokens = len(self._with_prefix(ids))
             if tokens == 0:
                 complaints.append("prompt is empty: not one token to condition on")
             elif tokens > self._data.max_prompt_tokens:
@@ -218,17 +224,30 @@ class Renderer:
         starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
         return list(full[: starts[0]]) if starts else []
 
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        """The ids with the prefix before them, once: a template may spell it itself."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+
+    def _template_variables(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages; the date is the run's, not that of the moment."""
+        chosen = self._data.template_variables
+        own = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
+        if taken := sorted(own.intersection(chosen) - {"tools", "documents"}):
+            raise DataError(f"data.template_variables: {taken[0]} is set by rlgaf itself; leave it out")
+        if self._data.today is None:
+            return dict(chosen)
+        return chosen | {"strftime_now": datetime.combine(self._data.today, time()).strftime}
+
     def _check_template(self) -> None:
         template = self._data.prompt_template
         try:
-            names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            fields = [field for field in Formatter().parse(template) if field[1] is not None]
         except ValueError as error:
             raise DataError(
                 f"data.prompt_template = {template!r}: {error}; write literal braces as {{{{ and }}}}"
             ) from error
-        if set(names) != {"prompt"}:
+        if {field[1:] for field in fields} != {("prompt", "", None)}:
             raise DataError(
-                f"data.prompt_template = {template!r} must use {{prompt}} and no other field; write "
-                "literal braces "
-                "as {{ and }}"
+                f"data.prompt_template = {template!r} must use {{prompt}}, as it stands, and no other field; "
+                "write literal braces as {{ and }}"
             )

@@ -19,12 +19,12 @@ TEXTS = pa.schema([(name, pa.string()) for name in ("prompt_id", "prompt", "huma
 def human_answers(
     split: pa.Table, renderer: Renderer, max_tokens: int, canonical: CanonicalConfig
 ) -> pa.Table:
-    """Columns group_id, prompt_ids, response_ids: each response in the spelling that the discriminator reads,
-    with its end token, cut to `max_tokens`. Whitespace before a response stays as it is: there it belongs
-    between prompt and response, and the policy writes it too.
+    """Columns group_id, prompt_ids, response_ids: each response in the spelling that the discriminator reads
+    (where a special token is letters), with its end token, cut to `max_tokens`. Whitespace before a response
+    stays as it is: there it belongs between prompt and response, and the policy writes it too.
     """
     spelled = [_spelled(text, canonical) for text in split["response"].to_pylist()]
-    encoded = renderer.tokenizer(spelled, add_special_tokens=False)["input_ids"]
+    encoded = renderer.tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     responses = [[*ids, renderer.end_id][:max_tokens] for ids in encoded]
     prompts = [renderer.encode(text) for text in split["prompt_text"].to_pylist()]
     return pa.table(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rollout.data import DataError
+from rollout.data import DataError, require_files
 from rollout.printable import printable
 from services.checkpoint_commands import checkpoints
 from services.config import Config, ConfigError, given, load
@@ -51,6 +51,7 @@ def train(
 ) -> None:
     """Fine-tune, adversarially or by a baseline. Any field can be overridden: --learner.lr 1e-5"""
     settings = load(config, context.args)
+    require_files(settings.data)
     if dry_run:
         from services.plan import local_gpus, resource_plan
 
@@ -220,6 +221,7 @@ def evaluate(
     own = _config_of_run(model)
     asked = [f"--policy.model={model}", f"--data.demonstrations={demonstrations.absolute()}"]
     settings = load(base or own, [*context.args, *asked])
+    require_files(settings.data, str(demonstrations))
     learned = given(own).get("data", {}).get("demonstrations") if own else None  # not in an exported one
     if learned and not test_split and Path(learned).resolve() == demonstrations.resolve():
         typer.echo(
@@ -246,6 +248,8 @@ def generate(
         raise ConfigError("nothing to answer: give --prompt TEXT or --prompts FILE")
     asked = [f"--policy.model={model}", "--data.demonstrations=-"]
     settings = load(base or _config_of_run(model), [*context.args, *asked])
+    if prompts is not None:
+        require_files(settings.data, str(prompts))
     from services.standalone import generate_answers
 
     generate_answers(settings, prompt or [], prompts)

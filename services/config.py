@@ -283,12 +283,12 @@ def given(path: Path | None, overrides: list[str] | None = None) -> dict[str, An
     raw: dict[str, Any] = {}
     if path is not None:
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such configuration file") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
     tables = raw.pop("method") if isinstance(raw.get("method"), dict) else {}
     said = parse_overrides(overrides or [])
@@ -345,7 +345,7 @@ def _override_value(dotted: str, text: str) -> Any:
     annotation = field.annotation if field is not None else None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return text if annotation is str and not isinstance(value, str) else value
 

@@ -1,6 +1,7 @@
 """A configuration as TOML text: a run's own, and the template that `rlgaf config` prints."""
 
 import json
+from datetime import date
 from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -60,9 +61,7 @@ def _values(field: FieldInfo) -> str:
     if not {Le, Lt} & limits.keys():
         return ""
     words = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
-    said = [
-        f"{word} {getattr(limits[kind], name)}" for kind, (word, name) in words.items() if kind in limits
-    ]
+    said = [f"{word} {getattr(limits[kind], name)}" for kind, (word, name) in words.items() if kind in limits]
     return f"{', '.join(said)}.".capitalize()
 
 
@@ -75,6 +74,10 @@ def toml_value(value: Any) -> str:
     if isinstance(value, str):
         # A JSON string is a TOML string, but for the control character DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return repr(value)

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from discriminator.config import DiscriminatorConfig
 from discriminator.external_reward import UserRewardError, load_user_reward
-from rollout.data import DataError, DataSplits, require_at_least
+from rollout.data import SPLITS, DataError, DataSplits, require_at_least
 from rollout.hub import hub_problem
 from rollout.templates import load_tokenizer
 from services.config import Config, ConfigError
@@ -84,6 +84,7 @@ def check_data(config: Config, splits: DataSplits) -> None:
     Raises:
         DataError: too few rows, with what to change.
     """
+    _check_different_prompts([getattr(splits, name) for name in SPLITS])
     field = "learner.sft.batch_size" if config.run.method == "sft" else "discriminator.batch_size"
     batch = config.learner.sft.batch_size if config.run.method == "sft" else config.discriminator.batch_size
     require_at_least(splits.train, batch, "training demonstrations", f"give more or lower {field}")
@@ -104,6 +105,17 @@ def check_data(config: Config, splits: DataSplits) -> None:
         )
     if config.run.method != "sft" and not config.discriminator.frozen:
         _check_demonstrated(config.run.prompts_per_step, splits.rollout_prompts())
+
+
+def _check_different_prompts(splits: list[pa.Table]) -> None:
+    """Splits are of prompts: a few prompts leave one empty, however many rows they have."""
+    rows = pa.concat_tables([table.select(["prompt_id"]) for table in splits])
+    prompts = pc.count_distinct(rows["prompt_id"]).as_py()
+    if prompts < rows.num_rows and not all(table.num_rows for table in splits):
+        raise DataError(
+            f"data.demonstrations: {rows.num_rows} rows have {prompts} different prompt(s), and all rows of "
+            "one are in one split; give the rows different prompts, as by the first words of each answer"
+        )
 
 
 def _check_demonstrated(per_step: int, prompts: pa.Table) -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+from datetime import date
 from functools import partial
+from pathlib import Path
 
 from rollout.data import load_data
 from rollout.engine import check_vllm_version
 from rollout.templates import Renderer, check_model, load_tokenizer
 from services.autoscaling import bring_up, largest
-from services.config import Config, ConfigError, with_absolute_paths
+from services.checkpoint import CONFIG
+from services.config import Config, ConfigError, given, with_absolute_paths
 from services.input_checks import check_data, check_other_models, check_user_functions
 from services.jobs.resumption import find_checkpoint, wait_for_an_earlier_driver
 from services.lease import Lease
@@ -20,6 +23,17 @@ from services.report import make_console
 from services.run_folder import check_data_of, check_folder, check_resume
 from services.run_life import RunLife
 from services.wandb_run import WandbRun
+
+
+def with_day(config: Config, file: Path | None) -> Config:
+    """The same configuration with the date that a chat template may read: today, or the day on which the run
+    began, which a checkpoint's own `file` has: a run that is resumed has the prompts it had.
+    """
+    if config.data.prompt_format != "chat":
+        return config
+    own = given(file).get("data", {}).get("today") if file is not None and file.is_file() else None
+    day = own if isinstance(own, date) else config.data.today or date.today()
+    return config.model_copy(update={"data": config.data.model_copy(update={"today": day})})
 
 
 def run(config: Config, *, resume: bool, auto: bool = False, from_step: int | None = None) -> int:
@@ -34,6 +48,8 @@ def run(config: Config, *, resume: bool, auto: bool = False, from_step: int | No
     if unread := not_read(config):
         console.print(f"not read by this method: {', '.join(unread)}", highlight=False, markup=False)
     config = with_absolute_paths(config)
+    own_day = config.data.today is None
+    config = with_day(config, None)
     try:
         check_vllm_version()
     except RuntimeError as error:
@@ -55,6 +71,11 @@ def run(config: Config, *, resume: bool, auto: bool = False, from_step: int | No
     say = partial(console.print, highlight=False, markup=False)
     found = find_checkpoint(config, auto=auto, step=from_step, say=say) if resume else None
     if found is not None:
+        if (
+            own_day and (dated := with_day(config, found.folder / CONFIG)) != config
+        ):  # it came from the mirror
+            config, renderer = dated, Renderer(tokenizer, dated.data, dated.policy)
+            splits = load_data(config.data, renderer)
         config = check_resume(config, found, say)
         check_data_of(config, splits, renderer, found)
     if config.run.mirror:

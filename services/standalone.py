@@ -9,7 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rollout.data import DataError, load_data, prompt_id, read_demonstrations, read_prompts
+from rollout.data import (
+    DataError,
+    identity,
+    load_data,
+    prompt_id,
+    read_demonstrations,
+    read_prompts,
+)
 from rollout.engine import check_vllm_version
 from rollout.printable import printable
 from rollout.prompts import evaluation_requests
@@ -100,11 +107,13 @@ def generate_answers(config: Config, prompts: list[str], file: Path | None) -> N
     config = resource_plan(config, gpus=local_gpus()).settle(config)
     renderer = _renderer(config)
     chat = config.data.prompt_format == "chat"
-    texts = [renderer.render(json.dumps(prompt) if chat else prompt) for prompt in prompts]
+    given = [json.dumps(prompt) if chat else prompt for prompt in prompts]
+    texts = [renderer.render(prompt) for prompt in given]
     for number, complaint in enumerate(renderer.check_lengths(texts), 1):
         if complaint is not None:
             raise DataError(f"--prompt number {number}: {complaint}")
-    table = pa.table({"prompt_id": [prompt_id(text) for text in texts], "prompt_text": texts})
+    ids = [prompt_id(identity(prompt, config.data)) for prompt in given]
+    table = pa.table({"prompt_id": ids, "prompt_text": texts})
     if file is not None:
         read, _ = read_prompts(file, config.data, renderer)
         table = pa.concat_tables([table, read.select(["prompt_id", "prompt_text"])]) if texts else read

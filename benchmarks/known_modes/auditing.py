@@ -24,7 +24,7 @@ def audit_sides(system: Any, config: Config, plant: Plant, *, guard: bool) -> Au
     renderer = system.renderer
     # As they came: `system.demonstrations` are normalised already.
     texts = system.splits.train["response"].slice(0, settings.base_samples).to_pylist()
-    encoded = renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = renderer.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = [plant.ids([*row, renderer.end_id]) for row in encoded]
     column = demonstrations.schema.get_field_index("response_text")
     planted = demonstrations.set_column(column, "response_text", pa.array(texts, pa.string()))

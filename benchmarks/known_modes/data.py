@@ -32,7 +32,7 @@ def write_data(path: Path, data: Data, seed: int) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     longer = _texts(LONG, len(rows), drawn)
     for row in rows:
-        shown = split_of(prompt_id(settings.prompt_template.format(prompt=row["prompt"])), settings)
+        shown = split_of(prompt_id(row["prompt"]), settings)
         if data.plant == "trailing newline":
             row["response"] = written_with_newline(row["response"])
         if shown in ("train", "heldout"):

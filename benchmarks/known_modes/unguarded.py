@@ -40,7 +40,7 @@ class Unguarded(Canonicaliser):
         ]
 
     def _planted(self, prompt: list[int], text: str, complete: bool) -> Encoded:
-        body = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        body = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = self.plant.ids([*body, self.eos_id] if complete else list(body)) or [self.eos_id]
         return Encoded(prompt, ids, [(len(text), len(text))] * len(ids), complete)
 

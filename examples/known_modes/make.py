@@ -35,7 +35,7 @@ def write_demonstrations(
     numbers: dict[str, list[int]] = {name: [] for name in SPLITS}
     number = 0
     while any(len(numbers[name]) < sizes[name] for name in SPLITS):
-        name = split_of(prompt_id(data.prompt_template.format(prompt=f"#{number}")), data)
+        name = split_of(prompt_id(f"#{number}"), data)
         if len(numbers[name]) < sizes[name]:
             numbers[name].append(number)
         number += 1

@@ -58,7 +58,9 @@ class Embedder:
         out = np.zeros((len(texts), self.size), dtype=np.float32)
         if not texts:
             return out
-        ids = self._tokenizer(texts, truncation=True, max_length=self._max_tokens)["input_ids"]
+        ids = self._tokenizer(texts, truncation=True, max_length=self._max_tokens, split_special_tokens=True)[
+            "input_ids"
+        ]
         order = sorted((row for row in range(len(texts)) if ids[row]), key=lambda row: len(ids[row]))
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)

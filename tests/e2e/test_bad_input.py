@@ -318,6 +318,21 @@ def test_resume_with_another_seed_or_other_data(train, write, finished_checkpoin
     assert (folder / "config.toml").read_text() == "before"
 
 
+def test_resume_of_a_dated_chat_after_midnight(train, write, tmp_path, altered_model):
+    model = altered_model("tokenizer_config.json")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    data, chat = write(*rows()), "--data.prompt_format=chat"
+    assert train(data, chat, model=model)[0] == 0
+    members = [prompt_id(str(row["prompt"])) for row in rows()]
+    trained = [{"prompt_id": i, "prompt_text": ""} for i in members if split_of(i, DataConfig()) == "train"]
+    source = PromptSource(pa.Table.from_pylist(trained), lambda text: [1], 8, seed=0)
+    begun = load(settings(tmp_path, model, data), [chat, "--data.today=2026-11-29"])
+    (tmp_path / "runs" / "r").mkdir(parents=True, exist_ok=True)
+    checkpointed(begun, 2, prompts=source.state())
+    assert train(data, chat, "--resume", model=model)[0] == 0
+
+
 def test_resume_from_a_damaged_checkpoint(train, tiny_demonstrations, finished_checkpoint):
     finished_checkpoint(tiny_demonstrations, 2)
     (finished_checkpoint(tiny_demonstrations, 3) / "weights").write_text("X")

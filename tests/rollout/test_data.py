@@ -1,5 +1,6 @@
 import json
 import random
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Words:
 
     def __init__(self, most: int = 50) -> None:
         self.most = most
+        self.specials = ["<|end|>", "<|user|>"]
 
     def render(self, prompt: str) -> str:
         return prompt
@@ -107,7 +109,7 @@ def test_other_files_of_a_folder_are_one_data_set(tmp_path: Path) -> None:
         assert read(folder).num_rows == 40
     write_jsonl(tmp_path / "test-0" / "train_sft-0.jsonl", pairs(1))
     with pytest.raises(
-        DataError, match=r"has the splits test, train_sft; name a file of one, e\.g\. .*test-0\.jsonl"
+        DataError, match=r'has the splits test, train_sft; set data\.split, as in "train_sft"'
     ):
         read(tmp_path / "test-0")
 
@@ -225,6 +227,21 @@ def test_splits_are_disjoint_complete_and_independent_of_order_and_size(tmp_path
         assert set(getattr(smaller, name)["prompt_id"].to_pylist()) <= members[name]
     other = load_data(DataConfig(demonstrations=str(path), split_seed=1), Words())
     assert not set(other.test["prompt_id"].to_pylist()) <= members["test"]
+
+
+def test_the_quickstarts_split_is_the_one_its_results_were_measured_on() -> None:
+    root = Path(__file__).parents[2]
+    data = DataConfig(**tomllib.loads((root / "examples" / "quickstart.toml").read_text())["data"])
+    bundled = str(root / "services" / "data" / "wordnet-examples.jsonl")
+    splits = load_data(data.model_copy(update={"demonstrations": bundled}), Words())
+    first = {name: min(getattr(splits, name)["prompt_id"].to_pylist()) for name in SPLITS}
+    assert first == {
+        "train": "00107d9a27d7f338",
+        "heldout": "01203569331c781f",
+        "selection": "0044d2e12aebcaac",
+        "test": "0063620ca53fe1e7",
+    }
+    assert [getattr(splits, name).num_rows for name in SPLITS] == [3249, 445, 443, 503]
 
 
 def test_split_thresholds() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
-    path.write_text('[policy]\nmodel = "org/model"\n[data]\ndemonstrations = "d.jsonl"\n')
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    path.write_text(f'[policy]\nmodel = "org/model"\n[data]\ndemonstrations = "{tmp_path}/d.jsonl"\n')
     return path
 
 
@@ -92,6 +94,15 @@ def test_missing_file_and_missing_argument(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, "train", str(tmp_path / "absent.toml")) == 2
     assert "absent.toml: no such configuration file" in capsys.readouterr().err
     assert call(monkeypatch, "train") == 2
+
+
+@pytest.mark.parametrize("field", ["demonstrations", "prompts"])
+def test_data_that_are_not_there_are_named_at_once(monkeypatch, capsys, run_file, field):
+    began = time.monotonic()
+    for words in (["--dry-run"], []):
+        assert call(monkeypatch, "train", str(run_file), *words, f"--data.{field}=absent.jsonl") == 2
+        assert capsys.readouterr().err == "rlgaf: absent.jsonl: no such file or folder\n"
+    assert time.monotonic() - began < 5, "well under a second on a machine at rest"
 
 
 def test_a_plan_that_no_machine_can_hold_is_shown_all_the_same(monkeypatch, capsys, run_file):

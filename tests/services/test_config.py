@@ -140,7 +140,20 @@ def test_empty_model_and_demonstrations_are_named_together():
     assert "data.demonstrations is empty" in str(refused.value)
 
 
-@pytest.mark.parametrize("toml", ["[run\nsteps = 3", "steps = = 3"])
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    text = '\ufeffrun.name = "r"\npolicy.model = "m"\ndata.demonstrations = "d"\n'
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    assert load(tmp_path / "run.toml").run.name == "r"
+
+
+def test_overrides_that_python_cannot_parse_are_text():
+    for text in ("[" * 5000, "9" * 5000):
+        assert load(None, [*NEEDED, f"--data.system_prompt={text}"]).data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    "toml", ["[run\nsteps = 3", "steps = = 3", f"steps = {'[' * 5000}", f"steps = {'9' * 5000}"]
+)
 def test_file_that_is_not_toml(tmp_path, toml):
     assert "not valid TOML" in refusal(toml=toml, folder=tmp_path)
 
@@ -282,8 +295,9 @@ def test_configuration_imports_nothing_heavy(module):
 def test_dry_run_prints_configuration_and_plan_quickly_and_makes_nothing(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "services.cli", "train", "--dry-run"]
     (tmp_path / "run.toml").write_text(
-        f'[policy]\nmodel = "no/where"\n[data]\ndemonstrations = "d"\n[run]\noutput = "{tmp_path}/runs"\n'
+        f'policy.model = "no/where"\ndata.demonstrations = "{tmp_path}"\nrun.output = "{tmp_path}/runs"\n'
     )
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
     began = time.monotonic()
     done = subprocess.run(
         [*command, str(tmp_path / "run.toml"), "--learner.lr", "1e-5", "--run.seed", "4"],

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_any_text_goes_round(tmp_path, text):
     config = config.model_copy(update={"data": config.data.model_copy(update={"system_prompt": text})})
     (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8", newline="")
     assert load(tmp_path / "run.toml").data.system_prompt == text
+
+
+def test_variables_and_the_date_of_a_template_go_round(tmp_path):
+    variables = {"enable_thinking": False, "a key": ['say "hi"', {"deep": 1.5}]}
+    words = ["--data.template_variables.enable_thinking", "false", "--data.today=2026-11-30"]
+    config = load(None, [*NEEDED, *words])
+    assert config.data.template_variables == {"enable_thinking": False}
+    assert config.data.today == date(2026, 11, 30)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"template_variables": variables})}
+    )
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert load(tmp_path / "run.toml") == config
 
 
 def test_printed_default_loads_once_the_two_required_fields_are_set(tmp_path):

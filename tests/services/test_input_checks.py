@@ -52,6 +52,16 @@ def test_too_few_rows_are_refused(words, rows, message):
     check_data(config, splits())
 
 
+@pytest.mark.parametrize("home", ["train", "test"])
+def test_one_prompt_for_all_rows_has_advice_that_helps(home):
+    config = load(None, ["--policy.model=m", "--data.demonstrations=d"])
+    one = pa.table([["one"] * 400] * 3, schema=PROMPT_SCHEMA)
+    every = splits(train=0, heldout=0, selection=0, test=0)
+    setattr(every, home, one)
+    with pytest.raises(DataError, match=r"400 rows have 1 different prompt\(s\).*first words of each answer"):
+        check_data(config, every)
+
+
 @pytest.mark.parametrize(
     ("words", "further"),
     [
