@@ -187,7 +187,7 @@ class PolicySide:
                 "connect",
                 timeout_s=self.config.rollout.sync_timeout_s + 30,
                 workers=self.fleet.actors,
-                worlds=[info["world_size"] for info in self.fleet.info],
+                worlds=[self.config.rollout.tensor_parallel] * len(self.fleet.actors),
             )
             if "error" not in answers[0]:
                 return
@@ -228,13 +228,19 @@ class PolicySide:
         await self._connect()
 
     async def _renew(self, workers: list[int], failure: str) -> None:
-        self.replacements += 1
-        if self.replacements > self.config.rollout.max_replacements:
-            raise RuntimeError(
-                f"rollout workers were replaced {self.config.rollout.max_replacements} times "
-                f"(rollout.max_replacements); the last failure: {failure}"
-            )
-        await self.fleet.replace(workers)
+        """New workers in these places; those that do not come up are replaced in turn."""
+        most = self.config.rollout.max_replacements
+        while True:
+            self.replacements += 1
+            if self.replacements > most:
+                raise RuntimeError(
+                    f"rollout workers were replaced {most} times "
+                    f"(rollout.max_replacements); the last failure: {failure}"
+                )
+            try:
+                return await self.fleet.replace(workers)
+            except FleetError as error:
+                workers, failure = list(error.actors), str(error)
 
 
 async def up(say: Callable[[str], None], what: str, starting: Awaitable[Any]) -> Any:

@@ -25,8 +25,9 @@ class Worker:
     version it has; once it is killed it fails, like an actor that is gone.
     """
 
-    def __init__(self, starts: asyncio.Event) -> None:
+    def __init__(self, starts: asyncio.Event, comes_up: bool = True) -> None:
         self.starts = starts
+        self.comes_up = comes_up
         self.up = self.dead = False
         self.version = 0
         self.start = SimpleNamespace(remote=self._start)
@@ -37,6 +38,8 @@ class Worker:
 
     async def _start(self) -> dict[str, int]:
         await self.starts.wait()
+        if not self.comes_up:
+            raise ConnectionError("out of memory")
         self.up = True
         return {"world_size": 1}
 
@@ -47,9 +50,12 @@ class Worker:
 
 
 class Fleet(RolloutFleet):
-    """Two workers in memory. `created` counts all there ever were; new ones are up once `starts` is set."""
+    """Two workers in memory. `created` counts all there ever were; new ones are up once `starts` is set, but
+    for those whose number in `stillborn` says that they never are.
+    """
 
     created = 0
+    stillborn: frozenset[int] = frozenset()
 
     def __init__(self, config: Any) -> None:
         self.starts = asyncio.Event()
@@ -58,7 +64,7 @@ class Fleet(RolloutFleet):
 
     def _create(self, index: int) -> Any:
         self.created += 1
-        return Worker(self.starts)
+        return Worker(self.starts, self.created not in self.stillborn)
 
 
 class Learner:
@@ -200,6 +206,55 @@ def test_a_second_worker_that_dies_while_the_first_is_replaced_is_replaced_too(s
         side.fleet.starts.set()
         assert versions(await asked) == [3] * 4
         assert (side.sync_failures, side.replacements, side.fleet.created) == (0, 2, 4)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_fails_while_it_is_replaced_is_replaced_again(start):
+    """While it generates, in a broadcast, and where it does not answer the learner; the other one is kept."""
+
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.stillborn = {3}
+        first, side.fleet.actors[1].dead = side.fleet.actors[0], True
+        assert versions(await side.generate(REQUESTS, min_version=0)) == [0] * 4
+        assert (side.replacements, side.fleet.created) == (2, 4)
+        assert side.fleet.actors[0] is first
+
+        side = await start(BROKEN)
+        side.fleet.stillborn = {3}
+        await side.sync(3)
+        assert (side.replacements, side.sync_failures, side.fleet.created) == (2, 1, 4)
+        assert [worker.version for worker in side.fleet.actors] == [3, 3]
+
+        side = await start()
+        side.fleet.stillborn = {3}
+        side.fleet.actors[1].dead = True
+        await side._connect()
+        assert (side.replacements, side.fleet.created) == (2, 4)
+
+    asyncio.run(scenario())
+
+
+def test_of_two_workers_replaced_together_the_one_that_fails_again_is_replaced_again(start):
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.stillborn = {4}
+        for worker in side.fleet.actors:
+            worker.dead = True
+        assert versions(await side.generate(REQUESTS, min_version=0)) == [0] * 4
+        assert (side.replacements, side.fleet.created) == (2, 5)
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_never_come_up_again_end_the_run_with_their_reason(start):
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.stillborn = {3, 4, 5}
+        side.fleet.actors[1].dead = True
+        with pytest.raises(RuntimeError, match=r"replaced 2 times.*worker 1 failed in start: out of memory"):
+            await side.generate(REQUESTS, min_version=0)
 
     asyncio.run(scenario())
 
