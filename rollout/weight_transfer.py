@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.wire import CheckedLoader, Entry, GlooGroup, WireError, receive
@@ -90,6 +91,18 @@ def _repack_tied(model: torch.nn.Module, names: set[str]) -> None:
         cast(Any, layer).quant_method.process_weights_after_loading(layer)
 
 
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Have fused experts packed again with the weights that come.
+
+    vLLM packs experts for CPU kernels only where it builds a layer's kernel. With the kernel still there it
+    would put an update's weights unpacked into their place, and the kernel would read them as packed.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
+
+
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """Weights over gloo into CPU memory; the trainer is rank 0."""
 
@@ -122,6 +135,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def start_weight_update(self) -> None:
         self.timings = SyncTimings()
+        _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
         self._parameters = {name for name, _ in self.model.named_parameters()} - self._tied
 
