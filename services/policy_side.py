@@ -1,8 +1,9 @@
 """The policy's side of a run, which every method has: rollout workers and learner, and the sync between them.
 
-Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies or breaks in a
-sync is replaced, synced and asked again, at most `rollout.max_replacements` times a run. Anything else that
-dies ends the run with its own error; the run resumes from its last checkpoint.
+Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies, breaks in a
+sync or fails while it is replaced is replaced, synced and asked again, at most `rollout.max_replacements`
+times a run. Anything else that dies ends the run with its own error; the run resumes from its last
+checkpoint. A worker that lives but samples from another distribution ends it too: a new one would as well.
 """
 
 import asyncio
