@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rollout.wire import CheckedLoader, Entry, GlooGroup, WireError, receive
 
@@ -103,6 +104,24 @@ def _forget_expert_kernels(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
+def _check_loaded(model: torch.nn.Module, names: set[str], receiver: str) -> None:
+    """WireError when the model's loader wrote a layer's weights past the life cycle, into placeholders that
+    are thrown away: the layer would keep the old ones.
+    """
+    lost = [
+        name
+        for prefix, layer in model.named_modules()
+        if (info := get_layerwise_info(layer)).can_load() and info.load_numel == 0
+        for name, parameter in layer.named_parameters(prefix, recurse=False)
+        if name in names and parameter.is_meta
+    ]
+    if lost:
+        raise WireError(
+            f"{receiver}: vLLM does not reload {len(lost)} parameters of {type(model).__name__}, among them "
+            f"{min(lost)}: use a policy.model of another type, or another release of vLLM"
+        )
+
+
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """Weights over gloo into CPU memory; the trainer is rank 0."""
 
@@ -154,6 +173,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             raise WireError(f"{self._receiver}: the weight wire broke: {error}") from error
         self.timings.checksum_s, self.timings.load_s = loader.checksum_s, loader.load_s
         loader.finish()
+        _check_loaded(self.model, self._parameters, self._receiver)
 
     def finish_weight_update(self) -> None:
         started = time.perf_counter()
@@ -212,6 +232,7 @@ class CheckedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
         self.timings.checksum_s, self.timings.load_s = loader.checksum_s, loader.load_s
         self.timings.wire_s = time.perf_counter() - started - loader.checksum_s - loader.load_s
         loader.finish()
+        _check_loaded(self.model, self._parameters, self._receiver)
 
     def finish_weight_update(self) -> None:
         started = time.perf_counter()
