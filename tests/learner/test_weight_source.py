@@ -43,5 +43,5 @@ def test_the_wire_carries_the_names_shapes_and_values_of_a_checkpoint(
 
 def test_a_checkpoint_that_makes_one_tensor_of_several_is_refused() -> None:
     config = transformers.HrmTextConfig(**SIZES, intermediate_size=48)
-    with pytest.raises(ValueError, match="policy.model of type 'hrm_text': a checkpoint keeps several"):
+    with pytest.raises(ValueError, match=r"policy\.model of type 'hrm_text': a checkpoint keeps several"):
         ModuleWeights(AutoModelForCausalLM.from_config(config))
