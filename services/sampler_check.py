@@ -36,10 +36,10 @@ def bound(config: Config, devices: Mapping[str, Device]) -> float:
     """Mean |difference| of log-probabilities, nats, above which rounding is no explanation.
 
     Two passes in float32 on CPUs differ by the order of their sums: 2^-24 relative, below 1e-5 nats even
-    where a hundred layers and logits of 30 amplify it. bfloat16 keeps 8 bits: a large model's logits of 16
-    to 32 lie 1/8 apart, so rounding alone puts each off by 1/32 on average, and hidden states rounded in
-    every layer may double that. GPU kernels may multiply float32 as TF32. A layer that holds other weights
-    is off by tenths of a nat and more.
+    where a hundred layers and logits of 30 amplify it, and below 1e-4 where vLLM's kernels approximate a soft
+    cap. bfloat16 keeps 8 bits: a large model's logits of 16 to 32 lie 1/8 apart, so rounding alone puts each
+    off by 1/32 on average, and hidden states rounded in every layer may double that. GPU kernels may multiply
+    float32 as TF32. A layer that holds other weights is off by tenths of a nat and more.
     """
     both = {devices["rollout"], devices["learner"]}
     dtypes = {config.policy.dtype, config.learner.compute_dtype} - {"auto"}
