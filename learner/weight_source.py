@@ -19,13 +19,14 @@ MIB = 1 << 20
 
 
 class _Weight(NamedTuple):
-    """A weight of the plain model: its name there, its parameter, and the adapted layer it belongs to."""
+    """A weight of the plain model: its name there, its parameter (or buffer), and the adapted layer it
+    belongs to."""
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     adapted: Any | None
 
-    def sources(self) -> list[torch.nn.Parameter]:
+    def sources(self) -> list[torch.Tensor]:
         """All parameters that its value is made of."""
         return [self.parameter] if self.adapted is None else list(self.adapted.parameters())
 
@@ -35,13 +36,14 @@ class _Weight(NamedTuple):
 
 
 class ModuleWeights(WeightSource):
-    """The parameters of a causal LM, each preceded by its checksum, whole whatever the ZeRO stage.
+    """What a checkpoint of a causal LM holds, each tensor preceded by its checksum, whole whatever the ZeRO
+    stage.
 
     module: an HF module; parameters may be plain, ZeRO-1/2 (whole on each rank) or ZeRO-3 (gathered a
     bucket at a time). dtype: floating-point parameters are cast to it (the rollout workers' dtype); None
-    keeps theirs. With LoRA the stream is that of the plain model, adapters merged; the module itself stays
-    as it is. Tied parameters appear once, under the first of their names; vLLM ties them itself. Names and
-    shapes are those of a checkpoint, which is what vLLM reads: a layer's experts, one parameter in
+    keeps theirs, as buffers do. With LoRA the stream is that of the plain model, adapters merged; the module
+    itself stays as it is. Tied parameters appear once, under the first of their names; vLLM ties them itself.
+    Names and shapes are those that vLLM reads in a checkpoint: a layer's experts, one parameter in
     transformers, come one by one. ValueError for a model whose checkpoint makes one tensor of several.
     """
 
@@ -64,6 +66,8 @@ class ModuleWeights(WeightSource):
             for name, parameter in module.named_parameters()
             if (plain := lora.merged_name(name)) is not None
         ]
+        kept = module.state_dict().keys()
+        self._weights += [_Weight(name, b, None) for name, b in module.named_buffers() if name in kept]
         empty = {weight.name: self._empty(weight.parameter) for weight in self._weights}
         self._stored = [self._as_stored(name, tensor) for name, tensor in empty.items()]
         apart = {name: tensor.shape for stored in self._stored for name, tensor in stored.items()}
@@ -109,7 +113,7 @@ class ModuleWeights(WeightSource):
         """What a checkpoint makes of one parameter."""
         return revert_weight_conversion(self._module, {name: whole})  # type: ignore[no-any-return]
 
-    def _empty(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _empty(self, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter's whole shape, on the meta device, in the dtype of the wire."""
         shape = getattr(parameter, "ds_shape", parameter.shape)
         return torch.empty(shape, dtype=self._wire_dtype(parameter), device="meta")
@@ -129,7 +133,7 @@ class ModuleWeights(WeightSource):
             yield bucket
 
     @staticmethod
-    def _gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
         partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
         if not partitioned:
             return nullcontext()
@@ -140,5 +144,6 @@ class ModuleWeights(WeightSource):
         )
         return gathered
 
-    def _wire_dtype(self, parameter: torch.nn.Parameter) -> torch.dtype:
-        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
+    def _wire_dtype(self, weight: torch.Tensor) -> torch.dtype:
+        cast = isinstance(weight, torch.nn.Parameter) and weight.is_floating_point()
+        return self._dtype if self._dtype is not None and cast else weight.dtype

@@ -21,6 +21,9 @@ CONFIGS = [
     transformers.MixtralConfig(**EXPERTS, num_local_experts=3),
     transformers.Qwen3MoeConfig(**EXPERTS, head_dim=16, num_experts=3, moe_intermediate_size=24),
     transformers.GraniteMoeConfig(**EXPERTS, num_local_experts=3),
+    transformers.Glm4MoeConfig(  # whose router has a buffer
+        **EXPERTS, head_dim=16, n_routed_experts=3, moe_intermediate_size=24, first_k_dense_replace=0
+    ),
 ]
 
 
