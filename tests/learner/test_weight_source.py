@@ -1,5 +1,5 @@
-"""What goes over the wire is what a checkpoint holds: vLLM reads names and shapes of checkpoints, and
-transformers keeps some weights under other names, or a layer's experts as one parameter.
+"""What goes over the wire and into an export is what a checkpoint holds. vLLM reads names and shapes of
+checkpoints; transformers keeps some weights under other names, or a layer's experts as one parameter.
 """
 
 from pathlib import Path
@@ -10,6 +10,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from learner.config import LearnerConfig
+from learner.policy import PolicyLearner
 from learner.weight_source import ModuleWeights
 from rollout.wire import CHECKSUM_PREFIX, checksum
 
@@ -28,7 +30,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_the_wire_carries_the_names_shapes_and_values_of_a_checkpoint(
+def test_wire_and_export_carry_the_names_shapes_and_values_of_a_checkpoint(
     config: transformers.PreTrainedConfig, tmp_path: Path
 ) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
@@ -42,6 +44,11 @@ def test_the_wire_carries_the_names_shapes_and_values_of_a_checkpoint(
     for name, tensor in stored.items():
         assert torch.equal(sent[name], tensor)
         assert torch.equal(sent[CHECKSUM_PREFIX + name], checksum(tensor))
+
+    PolicyLearner(str(tmp_path), LearnerConfig(), model_dtype="float32").export(tmp_path / "exported")
+    exported = load_file(tmp_path / "exported/model.safetensors")
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in stored.items())
 
 
 def test_a_checkpoint_that_makes_one_tensor_of_several_is_refused() -> None:
