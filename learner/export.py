@@ -47,6 +47,8 @@ def export_plain(
     plain_weights(model, trainable, dtype, keep)
     if trainable.rank == 0:
         plain = _skeleton(model, dtype)
+        kept = plain.state_dict().keys()
+        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
         plain.load_state_dict(state, strict=False, assign=True)
         plain.tie_weights()
         if left := [name for name, tensor in plain.named_parameters() if tensor.is_meta]:

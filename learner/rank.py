@@ -130,6 +130,10 @@ class LearnerRank:
         except WeightSyncError as error:
             return _failed(error)
 
+    def response_logprobs(self, table: pa.Table) -> tuple[int, list[np.ndarray]]:
+        """Version of the weights, and under them the log-probability of each token of each response."""
+        return self.version, self.learner.response_logprobs(table)
+
     def response_nll(self, table: "ray.ObjectRef[pa.Table]") -> np.ndarray:
         """Negative log-likelihood, nats, of each response in a table of prompt_ids, response_ids: float64
         [rows].

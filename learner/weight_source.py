@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from learner import lora
@@ -17,13 +19,14 @@ MIB = 1 << 20
 
 
 class _Weight(NamedTuple):
-    """A weight of the plain model: its name there, its parameter, and the adapted layer it belongs to."""
+    """A weight of the plain model: its name there, its parameter (or buffer), and the adapted layer it
+    belongs to."""
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     adapted: Any | None
 
-    def sources(self) -> list[torch.nn.Parameter]:
+    def sources(self) -> list[torch.Tensor]:
         """All parameters that its value is made of."""
         return [self.parameter] if self.adapted is None else list(self.adapted.parameters())
 
@@ -33,17 +36,20 @@ class _Weight(NamedTuple):
 
 
 class ModuleWeights(WeightSource):
-    """The parameters of a causal LM, each preceded by its checksum, whole whatever the ZeRO stage.
+    """What a checkpoint of a causal LM holds, each tensor preceded by its checksum, whole whatever the ZeRO
+    stage.
 
     module: an HF module; parameters may be plain, ZeRO-1/2 (whole on each rank) or ZeRO-3 (gathered a
     bucket at a time). dtype: floating-point parameters are cast to it (the rollout workers' dtype); None
-    keeps theirs. With LoRA the stream is that of the plain model, adapters merged; the module itself stays
-    as it is. Tied parameters appear once, under the first of their names; vLLM ties them itself.
+    keeps theirs, as buffers do. With LoRA the stream is that of the plain model, adapters merged; the module
+    itself stays as it is. Tied parameters appear once, under the first of their names; vLLM ties them itself.
+    Names and shapes are those that vLLM reads in a checkpoint: a layer's experts, one parameter in
+    transformers, come one by one. ValueError for a model whose checkpoint makes one tensor of several.
     """
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: PreTrainedModel,
         *,
         dtype: torch.dtype | None = None,
         gather_bytes: int = 64 * MIB,
@@ -51,6 +57,7 @@ class ModuleWeights(WeightSource):
         self.sends = True
         self.gather_s = 0.0
         self.checksum_s = 0.0
+        self._module = module
         self._dtype = dtype
         self._gather_bytes = gather_bytes
         adapted = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(module)}
@@ -59,14 +66,24 @@ class ModuleWeights(WeightSource):
             for name, parameter in module.named_parameters()
             if (plain := lora.merged_name(name)) is not None
         ]
+        kept = module.state_dict().keys()
+        self._weights += [_Weight(name, b, None) for name, b in module.named_buffers() if name in kept]
+        empty = {weight.name: self._empty(weight.parameter) for weight in self._weights}
+        self._stored = [self._as_stored(name, tensor) for name, tensor in empty.items()]
+        apart = {name: tensor.shape for stored in self._stored for name, tensor in stored.items()}
+        whole = revert_weight_conversion(module, empty)
+        if apart != {name: tensor.shape for name, tensor in whole.items()}:
+            raise ValueError(
+                f"policy.model of type {module.config.model_type!r}: a checkpoint keeps several of its "
+                "parameters as one tensor, which a weight sync cannot send; use another model"
+            )
 
     def metadata(self) -> list[ParamMeta]:
         """Names, dtypes and whole shapes in wire order, checksums (uint8 [8]) included; gathers nothing."""
         metas: list[ParamMeta] = []
-        for name, parameter, _ in self._weights:
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, tensor in (pair for stored in self._stored for pair in stored.items()):
             metas.append(ParamMeta(CHECKSUM_PREFIX + name, torch.uint8, (CHECKSUM_BYTES,)))
-            metas.append(ParamMeta(name, self._wire_dtype(parameter), shape))
+            metas.append(ParamMeta(name, tensor.dtype, tuple(tensor.shape)))
         return metas
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,12 +101,22 @@ class ModuleWeights(WeightSource):
         with self._gathered([parameter for weight in bucket for parameter in weight.sources()]):
             self.gather_s += time.perf_counter() - started
             for weight in bucket if self.sends else ():
-                tensor = weight.value().to(self._wire_dtype(weight.parameter))
-                started = time.perf_counter()
-                value = checksum(tensor)
-                self.checksum_s += time.perf_counter() - started
-                yield CHECKSUM_PREFIX + weight.name, value
-                yield weight.name, tensor
+                whole = weight.value().to(self._wire_dtype(weight.parameter))
+                for name, tensor in self._as_stored(weight.name, whole).items():
+                    started = time.perf_counter()
+                    value = checksum(tensor)
+                    self.checksum_s += time.perf_counter() - started
+                    yield CHECKSUM_PREFIX + name, value
+                    yield name, tensor
+
+    def _as_stored(self, name: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a checkpoint makes of one parameter."""
+        return revert_weight_conversion(self._module, {name: whole})  # type: ignore[no-any-return]
+
+    def _empty(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter's whole shape, on the meta device, in the dtype of the wire."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return torch.empty(shape, dtype=self._wire_dtype(parameter), device="meta")
 
     def _gather_buckets(self) -> Iterator[list[_Weight]]:
         bucket: list[_Weight] = []
@@ -106,7 +133,7 @@ class ModuleWeights(WeightSource):
             yield bucket
 
     @staticmethod
-    def _gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
         partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
         if not partitioned:
             return nullcontext()
@@ -117,5 +144,6 @@ class ModuleWeights(WeightSource):
         )
         return gathered
 
-    def _wire_dtype(self, parameter: torch.nn.Parameter) -> torch.dtype:
-        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
+    def _wire_dtype(self, weight: torch.Tensor) -> torch.dtype:
+        cast = isinstance(weight, torch.nn.Parameter) and weight.is_floating_point()
+        return self._dtype if self._dtype is not None and cast else weight.dtype

@@ -261,7 +261,7 @@ class RolloutConfig(Section):
 
     max_replacements: NonNegativeInt = 3
     """Times that failed rollout workers are replaced before the run stops; those that fail together count
-    once, and a resumed run counts anew."""
+    once, one that fails while it is replaced counts again, and a resumed run counts anew."""
 
     logprob_alarm: PositiveFloat = 0.1
     """Alarm when the mean |log-prob difference| between sampler and learner exceeds this."""

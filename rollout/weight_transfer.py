@@ -21,7 +21,9 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rollout.wire import CheckedLoader, Entry, GlooGroup, WireError, receive
 
@@ -90,6 +92,36 @@ def _repack_tied(model: torch.nn.Module, names: set[str]) -> None:
         cast(Any, layer).quant_method.process_weights_after_loading(layer)
 
 
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Have fused experts packed again with the weights that come.
+
+    vLLM packs experts for CPU kernels only where it builds a layer's kernel. With the kernel still there it
+    would put an update's weights unpacked into their place, and the kernel would read them as packed.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
+
+
+def _check_loaded(model: torch.nn.Module, names: set[str], receiver: str) -> None:
+    """WireError when the model's loader wrote a layer's weights past the life cycle, into placeholders that
+    are thrown away: the layer would keep the old ones.
+    """
+    lost = [
+        name
+        for prefix, layer in model.named_modules()
+        if (info := get_layerwise_info(layer)).can_load() and info.load_numel == 0
+        for name, parameter in layer.named_parameters(prefix, recurse=False)
+        if name in names and parameter.is_meta
+    ]
+    if lost:
+        raise WireError(
+            f"{receiver}: vLLM does not reload {len(lost)} parameters of {type(model).__name__}, among them "
+            f"{min(lost)}: use a policy.model of another type, or another release of vLLM"
+        )
+
+
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     """Weights over gloo into CPU memory; the trainer is rank 0."""
 
@@ -122,6 +154,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def start_weight_update(self) -> None:
         self.timings = SyncTimings()
+        _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
         self._parameters = {name for name, _ in self.model.named_parameters()} - self._tied
 
@@ -140,6 +173,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             raise WireError(f"{self._receiver}: the weight wire broke: {error}") from error
         self.timings.checksum_s, self.timings.load_s = loader.checksum_s, loader.load_s
         loader.finish()
+        _check_loaded(self.model, self._parameters, self._receiver)
 
     def finish_weight_update(self) -> None:
         started = time.perf_counter()
@@ -198,6 +232,7 @@ class CheckedNCCLWeightTransferEngine(NCCLWeightTransferEngine):
         self.timings.checksum_s, self.timings.load_s = loader.checksum_s, loader.load_s
         self.timings.wire_s = time.perf_counter() - started - loader.checksum_s - loader.load_s
         loader.finish()
+        _check_loaded(self.model, self._parameters, self._receiver)
 
     def finish_weight_update(self) -> None:
         started = time.perf_counter()

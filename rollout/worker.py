@@ -225,20 +225,6 @@ class RolloutWorker:
             (list(output.outputs[0].token_ids), _sampled_logprobs(output.outputs[0])) for output in outputs
         ]
 
-    async def prompt_logprobs(self, ids: list[list[int]]) -> list[list[float]]:
-        """Log-probability of every token of a sequence given those before it, from the second token on."""
-        self._check_usable()
-        params = self._params(None, {"temperature": 1.0, "max_tokens": 1})
-        params.prompt_logprobs = 0
-        outputs = await self._complete([(sequence, params) for sequence in ids])
-        return [
-            [
-                entry[token].logprob
-                for token, entry in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)
-            ]
-            for sequence, output in zip(ids, outputs, strict=True)
-        ]
-
     def _params(self, seed: int | None, overrides: dict[str, Any]) -> Any:
         return sampling_params(self._sampling, self._end_token, seed, overrides)
 

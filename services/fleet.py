@@ -7,6 +7,7 @@ STALE.
 """
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,6 @@ class RolloutFleet:
         self.role = plan.role("rollout")
         self.device = plan.devices["rollout"]
         self.actors: list[Any] = [self._create(i) for i in range(self.role.count)]
-        self.info: list[dict[str, Any]] = []
 
     def _create(self, index: int) -> Any:
         config = self.config
@@ -77,19 +77,22 @@ class RolloutFleet:
         Raises:
             FleetError: a worker failed or the deadline passed.
         """
-        self.info = await self._all("start", range(len(self.actors)), self.config.rollout.start_timeout_s)
+        await self._started(range(len(self.actors)))
 
     async def replace(self, indices: list[int]) -> None:
         """Kill the named workers and bring fresh ones up in their place; they hold the base weights until
         synced.
+
+        Raises:
+            FleetError: some of them did not come up; the others did.
         """
         for i in indices:
             ray.kill(self.actors[i])
             self.actors[i] = self._create(i)
-        for i, info in zip(
-            indices, await self._all("start", indices, self.config.rollout.start_timeout_s), strict=True
-        ):
-            self.info[i] = info
+        await self._started(indices)
+
+    async def _started(self, indices: Iterable[int]) -> None:
+        await self._all("start", indices, self.config.rollout.start_timeout_s)
 
     async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:
         """Trajectories for all requests, sorted by trajectory_id, from workers at `min_version` or newer."""

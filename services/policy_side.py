@@ -1,8 +1,9 @@
 """The policy's side of a run, which every method has: rollout workers and learner, and the sync between them.
 
-Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies or breaks in a
-sync is replaced, synced and asked again, at most `rollout.max_replacements` times a run. Anything else that
-dies ends the run with its own error; the run resumes from its last checkpoint.
+Failure rule: rollout workers are replaceable (they hold nothing but weights), so one that dies, breaks in a
+sync or fails while it is replaced is replaced, synced and asked again, at most `rollout.max_replacements`
+times a run. Anything else that dies ends the run with its own error; the run resumes from its last
+checkpoint. A worker that lives but samples from another distribution ends it too: a new one would as well.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from services.answers import HumanNLL, first_prompts, human_answers
 from services.config import Config
 from services.fleet import FleetError, RolloutFleet
 from services.plan import ResourcePlan
+from services.sampler_check import RESPONSE_TOKENS, bound, check_answers, check_requests
 
 
 class PolicySide:
@@ -44,6 +46,7 @@ class PolicySide:
         self.renderer = renderer
         self.start_step = start
         self.policy_version = 0
+        self.syncs = 0
         self.replacements = 0
         self.sync_failures = 0
         """Broadcasts that some worker missed or broke; each was repeated with that worker replaced."""
@@ -52,6 +55,8 @@ class PolicySide:
         the largest scoring replica that answered last; they come with answers that travel anyway."""
         self._groups: list[TrainerGroup] = []
         self._mending = asyncio.Lock()
+        self._compared = 0
+        """How many workers had ever been created when all were last compared with the learner."""
 
     # Life
 
@@ -180,6 +185,16 @@ class PolicySide:
 
     # Weight sync and repair
 
+    async def _meet(self) -> None:
+        """Join learner and fleet, and see that they compute the same, also once weights have gone from one to
+        the other: before anything is trained. A resumed run sends those of its checkpoint (`load`).
+        """
+        await self._connect()
+        while not await self._checked("as loaded"):
+            pass
+        if self.start_step == 0:
+            await self.sync(self.policy_version)
+
     async def _connect(self) -> None:
         """Join learner and fleet in a transfer group; a worker that does not come is replaced first."""
         while True:
@@ -187,7 +202,7 @@ class PolicySide:
                 "connect",
                 timeout_s=self.config.rollout.sync_timeout_s + 30,
                 workers=self.fleet.actors,
-                worlds=[info["world_size"] for info in self.fleet.info],
+                worlds=[self.config.rollout.tensor_parallel] * len(self.fleet.actors),
             )
             if "error" not in answers[0]:
                 return
@@ -197,12 +212,40 @@ class PolicySide:
         timeout = 2 * self.config.rollout.sync_timeout_s
         while True:
             answer = (await self.learner.call("sync", timeout_s=timeout, version=version))[0]
-            if "error" not in answer:
-                del answer["replace"]
-                self.resident["rollout"] = answer.pop("worker_memory_mib")
-                return answer
-            self.sync_failures += 1
-            await self._replace(answer["replace"], answer["error"])
+            if "error" in answer:
+                self.sync_failures += 1
+                await self._replace(answer["replace"], answer["error"])
+                continue
+            self.syncs += 1
+            # A weight that stays behind shows with time: look again after 2, 4, 8 … syncs.
+            due = self._compared < self.fleet.created or self.syncs.bit_count() == 1
+            if due and not await self._checked("after a weight sync"):
+                continue
+            del answer["replace"]
+            self.resident["rollout"] = answer.pop("worker_memory_mib")
+            return answer
+
+    async def _checked(self, when: str) -> bool:
+        """Compare every worker with the learner; False when some did not answer, which are replaced.
+
+        Raises:
+            SamplerError: a worker samples from another distribution.
+        """
+        config, created = self.config, self.fleet.created
+        requests = check_requests(self.splits.selection, self.renderer.encode, len(self.fleet.actors))
+        sampling = {"max_tokens": min(RESPONSE_TOKENS, config.sampling.max_tokens)}
+        try:
+            answers = await self.fleet.sample(requests, sampling, 0)
+        except FleetError as error:
+            await self._replace(list(error.actors), str(error))
+            return False
+        timeout = config.learner.step_timeout_s
+        told = await self.learner.call("response_logprobs", timeout_s=timeout, table=answers)
+        version, logprobs = told[0]
+        if pc.all(pc.equal(answers["policy_version"], version)).as_py():  # else an update came between
+            check_answers(answers, logprobs, when, config, bound(config, self.plan.devices))
+            self._compared = created
+        return True
 
     async def _asked(self, ask: Callable[[], Awaitable[pa.Table]]) -> pa.Table:
         """The fleet's answer; while workers die over it they are replaced and all are asked again."""
@@ -228,13 +271,19 @@ class PolicySide:
         await self._connect()
 
     async def _renew(self, workers: list[int], failure: str) -> None:
-        self.replacements += 1
-        if self.replacements > self.config.rollout.max_replacements:
-            raise RuntimeError(
-                f"rollout workers were replaced {self.config.rollout.max_replacements} times "
-                f"(rollout.max_replacements); the last failure: {failure}"
-            )
-        await self.fleet.replace(workers)
+        """New workers in these places; those that do not come up are replaced in turn."""
+        most = self.config.rollout.max_replacements
+        while True:
+            self.replacements += 1
+            if self.replacements > most:
+                raise RuntimeError(
+                    f"rollout workers were replaced {most} times "
+                    f"(rollout.max_replacements); the last failure: {failure}"
+                )
+            try:
+                return await self.fleet.replace(workers)
+            except FleetError as error:
+                workers, failure = list(error.actors), str(error)
 
 
 async def up(say: Callable[[str], None], what: str, starting: Awaitable[Any]) -> Any:

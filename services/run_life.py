@@ -105,6 +105,7 @@ class RunLife:
 
     async def main(self) -> int:
         """Start, train, report; every way out ends the processes."""
+        from services.sampler_check import SamplerError
         from services.watching.auditor import ShortcutRefusal
 
         loop = asyncio.get_running_loop()
@@ -117,7 +118,7 @@ class RunLife:
             self.console.print("stopped; the last finished checkpoint stays")
             await self.system.abort()
             return INTERRUPTED
-        except (ShortcutRefusal, CheckpointError) as refusal:
+        except (ShortcutRefusal, SamplerError, CheckpointError) as refusal:
             self.console.print(str(refusal), markup=False)
             await self.system.abort()
             return FAILED

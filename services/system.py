@@ -84,7 +84,7 @@ class System(PolicySide):
         *_, self.scorer = await asyncio.gather(
             *policy, up(say, "discriminator", self.discriminator.start()), up(say, "scoring", deployed)
         )
-        await self._connect()
+        await self._meet()
 
     def _learner_config(self) -> dict[str, Any]:
         gumbel = self.config.learner.gumbel

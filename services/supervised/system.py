@@ -28,7 +28,7 @@ class SupervisedSystem(PolicySide):
         """Bring everything up; `say` is told what is being waited for."""
         say(f"starting {self.config.rollout.workers} rollout worker(s) for evaluations and the learner")
         await asyncio.gather(*self._start_policy(say))
-        await self._connect()
+        await self._meet()
 
     def _learner_config(self) -> dict[str, Any]:
         given = super()._learner_config()

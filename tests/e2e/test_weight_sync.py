@@ -4,11 +4,6 @@ The tests run in order and share two learner ranks and first workers 0 and 1, in
 then 2 and 3, in bf16. No more than two engines live at once, for their memory.
 """
 
-import os
-import signal
-import socket
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,199 +12,15 @@ import psutil
 import pyarrow as pa
 import pytest
 import ray
+from sync_fleet import DEADLINE_S, PROBE_TOKENS, PROBES, Fleet
 
-from rollout.config import PolicyConfig, RolloutConfig, SamplingConfig
 from rollout.trajectory import REQUEST_SCHEMA, TRAJECTORY_SCHEMA, group_id
-from rollout.worker import BrokenWorkerError, RolloutWorker, StaleWorkerError
+from rollout.worker import BrokenWorkerError, StaleWorkerError
+from services.sampler_check import SamplerError
 
 pytestmark = pytest.mark.e2e
 
-PROBES = [[40, 41, 42, 43], [7, 300, 12], [100, 200, 17, 5, 64, 33]]
-PROBE_TOKENS = 8
-DEADLINE_S = 25.0
-START_S = 240.0
 FP32, BF16 = "float32", "bfloat16"
-
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no Ray process can import this file
-
-
-class Rank:
-    """One rank of a two-rank DeepSpeed group around the tiny model."""
-
-    def __init__(self, rank: int, world: int, port: int, folder: str) -> None:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK="0",
-            WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            OMP_NUM_THREADS="1",
-        )
-        self.rank, self.world, self.folder = rank, world, folder
-
-    def build(self, stage: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from learner.engine import load_deepspeed
-
-        torch.set_num_threads(1)
-        deepspeed = load_deepspeed(torch.device("cpu"))
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "zero_optimization": {"stage": stage},
-                "zero_allow_untested_optimizer": True,
-            },
-        )
-        self.engine(input_ids=torch.tensor([PROBES[0]]))
-        self.stage = stage
-
-    def wire(self, dtype: str, workers: list[Any]) -> None:
-        """A new sender for these workers; small buckets, so that the wire and the gathers have several."""
-        import torch
-
-        from learner.weight_sender import ModuleWeights, WeightSender
-
-        self.source = ModuleWeights(self.engine.module, dtype=getattr(torch, dtype), gather_bytes=1 << 16)
-        self.sender = WeightSender(
-            self.source,
-            workers,
-            backend="gloo",
-            rank=self.rank,
-            world_size=self.world,
-            deadline_s=DEADLINE_S,
-            bucket_bytes=1 << 16,
-        )
-        self.sender.connect()
-
-    def step(self, scale: float) -> None:
-        """A real optimizer step on random data, large enough to change greedy tokens."""
-        import torch
-
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = scale
-        torch.manual_seed(self.rank)
-        ids = torch.randint(0, 300, (1, 32))
-        self.engine.backward(self.engine(input_ids=ids, labels=ids).loss)
-        self.engine.step()
-
-    def connect(self, workers: list[Any] | None = None) -> None:
-        self.sender.connect(workers)
-
-    def send(self, version: int) -> dict[str, float]:
-        return self.sender.send(version)
-
-    def interfere(self, what: str, target: Any) -> None:
-        """Make passes over the weights go wrong: `corrupt` a named tensor, or `kill` a process midway."""
-        original = type(self.source)
-
-        def interfering(source: Any) -> Iterator[tuple[str, Any]]:
-            for index, (name, tensor) in enumerate(original.__iter__(source)):
-                if what == "corrupt" and name == target:
-                    tensor = tensor.clone()
-                    tensor.view(-1)[-1] += 1e-3
-                if what == "kill" and index == 10:
-                    os.kill(target, signal.SIGKILL)
-                    time.sleep(1.0)
-                yield name, tensor
-
-        self.source.__class__ = type("Interfering", (original,), {"__iter__": interfering})
-
-    def export(self, folder: str, dtype: str) -> None:
-        """Write the whole weights as an HF folder (rank 0), not by the code under test."""
-        import deepspeed
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        module = self.engine.module
-        parameters = list(module.parameters()) if self.stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
-            state = {name: value.detach().clone() for name, value in module.named_parameters()}
-        if self.rank == 0:
-            plain = AutoModelForCausalLM.from_config(module.config)
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-            plain.load_state_dict(state)
-            plain.to(getattr(torch, dtype)).save_pretrained(folder)
-            AutoTokenizer.from_pretrained(self.folder).save_pretrained(folder)
-
-
-class Fleet:
-    """Rollout workers by index, and the learner ranks."""
-
-    def __init__(self, model: Path) -> None:
-        self.model = model
-        self.handles: dict[int, Any] = {}
-        self.info: dict[int, dict[str, Any]] = {}
-        actor = ray.remote(Rank).options(num_cpus=0.1)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.ranks = [actor.remote(rank, 2, port, str(model)) for rank in range(2)]
-
-    def start(self, dtype: str, models: dict[int, Path]) -> None:
-        actor = ray.remote(RolloutWorker).options(num_cpus=0.1, max_concurrency=16)
-        for index, model in models.items():
-            self.handles[index] = actor.remote(
-                index,
-                RolloutConfig(start_timeout_s=START_S, sync_timeout_s=DEADLINE_S),
-                PolicyConfig(dtype=dtype),
-                SamplingConfig(max_tokens=PROBE_TOKENS),
-                model=str(model),
-                device="cpu",
-                max_model_len=256,
-            )
-        infos = ray.get([self.handles[index].start.remote() for index in models], timeout=START_S + 20)
-        self.info.update(zip(models, infos, strict=True))
-
-    def kill(self, index: int) -> list[psutil.Process]:
-        """SIGKILL a worker's actor process; returns its children: the processes of its engine."""
-        actor = psutil.Process(self.info.pop(index)["pid"])
-        children = actor.children(recursive=True)
-        actor.kill()
-        return children
-
-    def stop(self, *indices: int) -> None:
-        ray.get([self.handles[index].shutdown.remote() for index in indices], timeout=60)
-        for index in indices:
-            del self.info[index]
-            ray.kill(self.handles.pop(index))
-
-    def probe(self, *indices: int) -> list[Any]:
-        calls = [self.handles[index].probe.remote(PROBES, PROBE_TOKENS) for index in indices]
-        return ray.get(calls, timeout=DEADLINE_S)
-
-    def versions(self, *indices: int) -> list[int]:
-        """The versions that the engines themselves report."""
-        return ray.get([self.handles[i].policy_version.remote() for i in indices], timeout=DEADLINE_S)
-
-    def refs(self, *indices: int) -> list[Any]:
-        from learner.weight_client import WorkerRef
-
-        return [WorkerRef(index, self.handles[index]) for index in indices]
-
-    def all_ranks(self, method: str, *arguments: Any) -> list[Any]:
-        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
-        return ray.get(calls, timeout=3 * DEADLINE_S)
-
-    def failure(self, method: str, *arguments: Any) -> tuple[Any, float]:
-        """The WeightSyncError that every rank must raise, and the seconds until the last one did.
-
-        A worker that is gone must show at once, not at the deadline.
-        """
-        from learner.weight_client import WeightSyncError
-
-        started = time.monotonic()
-        errors = []
-        for reference in [getattr(rank, method).remote(*arguments) for rank in self.ranks]:
-            with pytest.raises(WeightSyncError) as caught:
-                ray.get(reference, timeout=DEADLINE_S + 15)
-            errors.append(caught.value.cause)
-        assert str(errors[0]) == str(errors[1])
-        return errors[0], time.monotonic() - started
 
 
 def requests(count: int, n: int) -> pa.Table:
@@ -265,6 +76,33 @@ def fleet(ray_cluster: None, tiny_model: Path) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
+def tiny_experts(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A random Qwen3-MoE of two layers with four experts, two for a token, and the tiny model's tokenizer."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=48,  # which the CPU kernel pads
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("exports")
 
@@ -290,6 +128,20 @@ def test_sync_is_exact(fleet: Fleet, exports: Path, stage: int, version: int) ->
         assert set(table["policy_version"].to_pylist()) == {version}
         assert set(table["policy_version_end"].to_pylist()) == {version}
     assert fleet.versions(*workers) == [version] * len(workers)
+
+
+def test_one_wrong_weight_in_a_worker_is_seen(fleet: Fleet) -> None:
+    """Its checksum is that of the wrong weight: nothing but the worker's own numbers can tell."""
+    fleet.check(FP32, 0, 1)
+    fleet.all_ranks("interfere", "swap", "model.layers.1.mlp.down_proj.weight")
+    fleet.all_ranks("send", 2)
+    with pytest.raises(
+        SamplerError, match="rollout worker 0 is not the learner's policy after a weight sync"
+    ):
+        fleet.check(FP32, 0, 1)
+    fleet.all_ranks("interfere", "end")
+    fleet.all_ranks("send", 2)
+    fleet.check(FP32, 0, 1)
 
 
 def test_a_worker_that_missed_a_sync_refuses(fleet: Fleet) -> None:
@@ -357,6 +209,7 @@ def test_a_bf16_worker_equals_a_fresh_engine_from_the_bf16_export(fleet: Fleet, 
     (synced,) = fleet.probe(2)
     assert_same(synced, fresh, 1e-3)
     assert [logprobs for _, logprobs in synced] != [logprobs for _, logprobs in before]
+    fleet.check(BF16, 2)
 
 
 def test_a_worker_killed_during_a_sync_is_an_error_not_a_hang(fleet: Fleet) -> None:
@@ -370,3 +223,20 @@ def test_a_worker_killed_during_a_sync_is_an_error_not_a_hang(fleet: Fleet) -> N
     assert error.broken == (2, 3)  # the update of both had begun
     _, alive = psutil.wait_procs(engine, timeout=5)
     assert not alive
+
+
+def test_a_sync_of_a_mixture_of_experts_is_exact(fleet: Fleet, tiny_experts: Path) -> None:
+    """Of the weights that the worker has, and of others."""
+    fleet.stop(*fleet.info)
+    fleet.start(FP32, {4: tiny_experts})
+    fleet.all_ranks("build", 2, str(tiny_experts))
+    fleet.check(FP32, 4)
+    fleet.all_ranks("wire", FP32, fleet.refs(4))
+    (before,) = fleet.probe(4)
+    fleet.all_ranks("send", 1)
+    fleet.check(FP32, 4)
+    fleet.all_ranks("step", 0.02)
+    fleet.all_ranks("send", 2)
+    (after,) = fleet.probe(4)
+    assert [logprobs for _, logprobs in after] != [logprobs for _, logprobs in before]
+    fleet.check(FP32, 4)

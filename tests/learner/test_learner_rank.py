@@ -53,7 +53,14 @@ def test_weights_go_out_under_their_own_version(tiny_model, uneven_table, monkey
     rank.sync(None)
     rank.sync(6)  # a resumed run's first
     rank.sync(None)
+    version, before = rank.response_logprobs(uneven_table)
+    assert version == 6
     rank.train_step(uneven_table, step=6, lr_factor=1.0)
+    version, after = rank.response_logprobs(uneven_table)
+    assert version == 7
+    lengths = [len(response) for response in uneven_table["response_ids"].to_pylist()]
+    assert [len(row) for row in before] == [len(row) for row in after] == lengths
+    assert any((old != new).any() for old, new in zip(before, after, strict=True))
     rank.sync(None)
     rank.sync(7)
     assert sender.sent == [0, 6, 6, 7, 7]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -15,6 +16,7 @@ from services.config import load
 from services.fleet import RolloutFleet
 from services.plan import resource_plan
 from services.policy_side import PolicySide
+from services.sampler_check import SamplerError
 
 BROKEN: dict[str, Any] = {"replace": [1], "error": "worker 1: wrong checksum of layer 3"}
 REQUESTS = pa.table({"group_id": ["a", "b", "c", "d"], "sample": [0] * 4, "seed": [1, 2, 3, 4], "n": [1] * 4})
@@ -22,11 +24,14 @@ REQUESTS = pa.table({"group_id": ["a", "b", "c", "d"], "sample": [0] * 4, "seed"
 
 class Worker:
     """A rollout worker, called as its actor handle is. It comes up with version 0 and answers with the
-    version it has; once it is killed it fails, like an actor that is gone.
+    version it has, and with log-probabilities of -1; once it is killed it fails, like an actor that is gone.
     """
 
-    def __init__(self, starts: asyncio.Event) -> None:
+    def __init__(self, index: int, starts: asyncio.Event, comes_up: bool = True) -> None:
+        self.index = index
+        self.logprob = -1.0
         self.starts = starts
+        self.comes_up = comes_up
         self.up = self.dead = False
         self.version = 0
         self.start = SimpleNamespace(remote=self._start)
@@ -37,19 +42,30 @@ class Worker:
 
     async def _start(self) -> dict[str, int]:
         await self.starts.wait()
+        if not self.comes_up:
+            raise ConnectionError("out of memory")
         self.up = True
         return {"world_size": 1}
 
     async def _generate(self, requests: pa.Table, min_version: int) -> pa.Table:
         if self.dead or not self.up or self.version < min_version:
             raise ConnectionError(f"up {self.up}, dead {self.dead}, version {self.version}")
-        return requests.append_column("version", pa.array([self.version] * requests.num_rows))
+        columns = {"version": self.version, "policy_version": self.version, "worker": self.index}
+        columns["response_logprobs"] = [self.logprob, self.logprob]
+        for name, value in columns.items():
+            requests = requests.append_column(name, pa.array([value] * requests.num_rows))
+        if "sample" not in requests.column_names:
+            requests = requests.append_column("sample", pa.array([0] * requests.num_rows))
+        return requests
 
 
 class Fleet(RolloutFleet):
-    """Two workers in memory. `created` counts all there ever were; new ones are up once `starts` is set."""
+    """Two workers in memory. `created` counts all there ever were; new ones are up once `starts` is set, but
+    for those whose number in `stillborn` says that they never are.
+    """
 
     created = 0
+    stillborn: frozenset[int] = frozenset()
 
     def __init__(self, config: Any) -> None:
         self.starts = asyncio.Event()
@@ -58,12 +74,12 @@ class Fleet(RolloutFleet):
 
     def _create(self, index: int) -> Any:
         self.created += 1
-        return Worker(self.starts)
+        return Worker(index, self.starts, self.created not in self.stillborn)
 
 
 class Learner:
     """Executes one command at a time. The listed answers are those to the first syncs; the others bring the
-    workers to the version that is named, or else to the learner's own.
+    workers to the version that is named, or else to the learner's own. Every token's log-probability is -1.
     """
 
     def __init__(self, *answers: dict[str, Any]) -> None:
@@ -71,6 +87,8 @@ class Learner:
         self.turn = asyncio.Lock()
         self.workers: list[Worker] = []
         self.version = 0
+        self.checks: list[int] = []
+        """How many workers were compared with the learner, each time."""
 
     async def call(self, what: str, **arguments: Any) -> list[dict[str, Any]]:
         async with self.turn:
@@ -80,6 +98,10 @@ class Learner:
                 if dead:
                     return [{"replace": dead, "error": f"workers {dead} do not answer"}]
                 self.workers = list(arguments["workers"])
+            if what == "response_logprobs":
+                table = arguments["table"]
+                self.checks.append(len(set(table["worker"].to_pylist())))
+                return [(self.version, [np.full(2, -1.0)] * table.num_rows)]
             if what == "sync" and self.answers:
                 return [dict(self.answers.pop(0))]
             if what == "sync":
@@ -96,11 +118,17 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     async def started(*answers: dict[str, Any]) -> Any:
         words = ["--policy.model=m", "--data.demonstrations=d", "--rollout.workers=2"]
-        config = load(None, [*words, "--rollout.max_replacements=2"])
-        side: Any = PolicySide(config, None, None, None)  # type: ignore[arg-type]
-        side.learner, side.fleet = Learner(*answers), Fleet(config)
+        config = load(None, [*words, "--rollout.max_replacements=2", "--policy.dtype=float32"])
+        plan, prompts = resource_plan(config, gpus=0), {"prompt_id": ["a", "b"], "prompt_text": ["x", "y"]}
+        splits, renderer = (
+            SimpleNamespace(selection=pa.table(prompts)),
+            SimpleNamespace(encode=lambda text: [1]),
+        )
+        side: Any = PolicySide(config, plan, splits, renderer)  # type: ignore[arg-type]
+        side.learner, side.fleet = Learner(), Fleet(config)
         await side.fleet.start()
-        await side._connect()
+        await side._meet()
+        side.learner.answers = list(answers)
         return side
 
     return started
@@ -188,6 +216,65 @@ def test_a_worker_that_dies_while_it_generates_is_none(start):
     asyncio.run(scenario())
 
 
+def test_workers_are_compared_with_the_learner_at_the_start_after_syncs_and_when_new(start):
+    """As loaded, after the 1st, 2nd, 4th … sync, and where a worker is a new one."""
+
+    async def scenario() -> None:
+        side = await start()
+        assert side.learner.checks == [2, 2], "as loaded, and after the first sync"
+        for version in range(1, 8):
+            await side.sync(version)
+        assert len(side.learner.checks) == 5
+        side.fleet.actors[1].dead = True
+        await side.generate(REQUESTS, min_version=0)
+        assert side.learner.checks == [2] * 6
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("logprob", [-1.3415, float("nan")])
+def test_a_worker_that_computes_something_else_after_a_sync_ends_the_run(start, logprob):
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.actors[1].logprob = logprob
+        said = r"rollout worker 1 is not .* after a weight sync: .*4 tokens differ by (0.341|nan) nats on .*"
+        with pytest.raises(SamplerError, match=said + r"explains 0.001; .*policy.model = m"):
+            await side.sync(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_dies_while_it_is_compared_is_replaced(start):
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.actors[1].dead = True
+        await side.sync(1)
+        assert [worker.version for worker in side.fleet.actors] == [1, 1]
+        assert (side.replacements, side.fleet.created, side.learner.checks) == (1, 3, [2, 2, 2])
+
+    asyncio.run(scenario())
+
+
+def test_an_update_between_a_sync_and_the_comparison_puts_the_comparison_off(start):
+    async def scenario() -> None:
+        side = await start()
+        await side.sync(1)
+        side.fleet.actors[1].dead = True
+        sample = side.fleet.sample
+
+        async def overtaken(*arguments: Any) -> pa.Table:
+            side.learner.version = 2
+            return await sample(*arguments)
+
+        side.fleet.sample = overtaken
+        await side.generate(REQUESTS, min_version=1)
+        side.fleet.actors[1].logprob = -2.0
+        with pytest.raises(SamplerError):
+            await side.sync(2)
+
+    asyncio.run(scenario())
+
+
 def test_a_second_worker_that_dies_while_the_first_is_replaced_is_replaced_too(start):
     async def scenario() -> None:
         side = await start()
@@ -200,6 +287,55 @@ def test_a_second_worker_that_dies_while_the_first_is_replaced_is_replaced_too(s
         side.fleet.starts.set()
         assert versions(await asked) == [3] * 4
         assert (side.sync_failures, side.replacements, side.fleet.created) == (0, 2, 4)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_fails_while_it_is_replaced_is_replaced_again(start):
+    """While it generates, in a broadcast, and where it does not answer the learner; the other one is kept."""
+
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.stillborn = {3}
+        first, side.fleet.actors[1].dead = side.fleet.actors[0], True
+        assert versions(await side.generate(REQUESTS, min_version=0)) == [0] * 4
+        assert (side.replacements, side.fleet.created) == (2, 4)
+        assert side.fleet.actors[0] is first
+
+        side = await start(BROKEN)
+        side.fleet.stillborn = {3}
+        await side.sync(3)
+        assert (side.replacements, side.sync_failures, side.fleet.created) == (2, 1, 4)
+        assert [worker.version for worker in side.fleet.actors] == [3, 3]
+
+        side = await start()
+        side.fleet.stillborn = {3}
+        side.fleet.actors[1].dead = True
+        await side._connect()
+        assert (side.replacements, side.fleet.created) == (2, 4)
+
+    asyncio.run(scenario())
+
+
+def test_of_two_workers_replaced_together_the_one_that_fails_again_is_replaced_again(start):
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.stillborn = {4}
+        for worker in side.fleet.actors:
+            worker.dead = True
+        assert versions(await side.generate(REQUESTS, min_version=0)) == [0] * 4
+        assert (side.replacements, side.fleet.created) == (2, 5)
+
+    asyncio.run(scenario())
+
+
+def test_workers_that_never_come_up_again_end_the_run_with_their_reason(start):
+    async def scenario() -> None:
+        side = await start()
+        side.fleet.stillborn = {3, 4, 5}
+        side.fleet.actors[1].dead = True
+        with pytest.raises(RuntimeError, match=r"replaced 2 times.*worker 1 failed in start: out of memory"):
+            await side.generate(REQUESTS, min_version=0)
 
     asyncio.run(scenario())
 
@@ -255,7 +391,6 @@ def test_an_evaluation_reads_no_worker_that_missed_a_sync(start, monkeypatch):
 
     async def scenario() -> None:
         side = await start()
-        side.renderer = SimpleNamespace(encode=None)
         await side.sync(3)
         side.fleet.actors[1].version = 2
         assert versions(await side.sample(REQUESTS, 4, step=3)) == [3] * 4
@@ -281,9 +416,9 @@ def test_no_worker_draws_the_noise_of_one_before_it(monkeypatch):
         up = asyncio.Event()
         up.set()
 
-        def created(*_: Any, seed: int, **__: Any) -> Worker:
+        def created(index: int, *_: Any, seed: int, **__: Any) -> Worker:
             given.append(seed)
-            return Worker(up)
+            return Worker(index, up)
 
         actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=created))
         monkeypatch.setattr("services.fleet.ray.remote", lambda _: actor)
