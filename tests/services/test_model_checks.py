@@ -91,7 +91,7 @@ def test_a_usable_model_passes(make, kind):
             "llama",
             {"max_position_embeddings": 40},
             [],
-            r"= 48 is more than the context .*\(40\).* at most 24",
+            r"= 48 is more than .*\(40\).* at most 24",
         ),
         ("llama", {}, ["--rollout.max_model_len=300"], r"rollout\.max_model_len = 300 .*\(256\)"),
         ("gemma2", {}, [], "gemma2 transforms its logits"),
@@ -108,7 +108,7 @@ def test_a_usable_model_passes(make, kind):
             "qwen3_moe",
             {},
             ["--learner.lora.rank=2"],
-            r"^learner\.lora\.target_modules: .*set it to \[.q_proj",
+            r"^learner\.lora\..*set it to \[.q_proj",
         ),
     ],
 )
