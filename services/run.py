@@ -45,9 +45,9 @@ def run(config: Config, *, resume: bool) -> int:
         plan.check(float(os.cpu_count() or 1), local_gpus(), "this machine")
     tokenizer = load_tokenizer(config.policy)
     check_policy(config, tokenizer)
+    renderer = Renderer(tokenizer, config.data, config.policy)
     check_other_models(config)
     check_user_functions(config)
-    renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
     check_data(config, splits)
     if resume:
