@@ -237,7 +237,9 @@ def test_tokenizer_without_eos(train, tiny_demonstrations, altered_model, tiny_m
     model = altered_model("tokenizer_config.json", eos_token=None)
     refused(train(tiny_demonstrations, model=model), "altered", "has no EOS token", "policy.end_of_response")
     named = "--policy.end_of_response=<|end|>"
-    refused(train(tiny_demonstrations, named, model=model), "neither EOS nor SEP", "name a discriminator.model")
+    refused(
+        train(tiny_demonstrations, named, model=model), "neither EOS nor SEP", "name a discriminator.model"
+    )
     assert train(tiny_demonstrations, named, f"--discriminator.model={tiny_model}", model=model)[0] == 0
 
 

@@ -26,14 +26,23 @@ from learner.packing import pack
 from learner.policy import PolicyLearner
 from learner.samples import Samples
 
+ENDS = {"eos_token_id": 1, "bos_token_id": 0}
 SETTINGS = {"lr": 1e-2, "kl_coef": 0.1, "device": "cpu", "lora": {"rank": 4, "alpha": 8}}
 
 
+@pytest.fixture
+def tiny_gpt2(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ENDS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
 @pytest.mark.parametrize("stage", [1, 3])
-def test_merged_export_equals_adapter_forward(tiny_model, uneven_table, tmp_path, stage):
-    learner = PolicyLearner(
-        str(tiny_model), LearnerConfig(zero_stage=stage, **SETTINGS), model_dtype="float32"
-    )
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_gpt2"])
+def test_merged_export_equals_adapter_forward(request, uneven_table, tmp_path, kind, stage):
+    settings, model = LearnerConfig(zero_stage=stage, **SETTINGS), request.getfixturevalue(kind)
+    learner = PolicyLearner(str(model), settings, model_dtype="float32")
     before = learner.response_logprobs(uneven_table)
     first = learner.train_step(uneven_table, 0)
     learner.train_step(uneven_table, 1)
@@ -159,7 +168,6 @@ def adapted_layer(dtype, sent, kind):
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = SIZES | {"intermediate_size": 32, "num_key_value_heads": 1, "eos_token_id": 1, "bos_token_id": 0}
-ENDS = {"eos_token_id": 1, "bos_token_id": 0}
 MODELS = {
     "llama, tied head": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False),
