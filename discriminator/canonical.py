@@ -205,7 +205,8 @@ class Canonicaliser:
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos is None:
             raise ValueError(
-                f"{tokenizer.name_or_path}: the discriminator's tokenizer has neither EOS nor SEP token"
+                f"{tokenizer.name_or_path}: the discriminator's tokenizer has neither EOS nor SEP token; "
+                "name a discriminator.model that has one"
             )
         self.tokenizer = tokenizer
         self.config = config

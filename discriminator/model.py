@@ -22,9 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from discriminator.canonical import Canonicaliser, Encoded
 from discriminator.config import DiscriminatorConfig
 from discriminator.regularisers import spectrally_bounded
-from learner.attention import attention_implementation, longest_packable, prepare_mask
+from learner.attention import attention_implementation, longest_packable
+from learner.logprobs import run_body
 from learner.packing import Group, PackedBatch, make_groups, pack, unpacked
-from learner.pretrained import load_body
+from learner.pretrained import load_body, longest_input, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,7 +46,7 @@ class Discriminator(nn.Module):
         dropout: before the linear layer, in training mode.
         token_dropout: chance of a response token's embedding to be zero, in training mode.
         spectral_bound: largest spectral norm of the head with its gain (None: no bound).
-        implementation: attention implementation the body was loaded with.
+        packing: batches come in packed rows; otherwise one response in a row.
     """
 
     def __init__(
@@ -58,14 +59,15 @@ class Discriminator(nn.Module):
         dropout: float = 0.0,
         token_dropout: float = 0.0,
         spectral_bound: float | None = None,
-        implementation: str = "sdpa",
+        packing: bool = True,
     ) -> None:
         super().__init__()
         self.body = body
         self.kind = kind
         self.gain = gain
         self.spectral_bound = spectral_bound
-        self.implementation = implementation
+        self.packing = packing
+        self.limit = longest_packable(body.config, body) if packing else None  # type: ignore[arg-type]
         self.dropout = nn.Dropout(dropout)
         self.token_dropout = token_dropout
         self.head = nn.Linear(hidden, 1, dtype=torch.float32)
@@ -118,18 +120,7 @@ class Discriminator(nn.Module):
             if embedded is None:
                 embedded = self.body.get_input_embeddings()(batch.input_ids)  # type: ignore[operator]
             embedded = self._with_holes(batch, embedded)
-        tokens = {"input_ids": batch.input_ids} if embedded is None else {"inputs_embeds": embedded}
-        if self.kind == "encoder":
-            return self.body(**tokens, attention_mask=(~batch.padding()).to(torch.int64)).last_hidden_state
-        dtype = next(p.dtype for p in self.body.parameters() if p.is_floating_point())
-        if torch.is_autocast_enabled(batch.input_ids.device.type):
-            dtype = torch.get_autocast_dtype(batch.input_ids.device.type)
-        return self.body(
-            **tokens,
-            position_ids=batch.position_ids,
-            attention_mask=prepare_mask(batch, self.implementation, dtype),
-            use_cache=False,
-        ).last_hidden_state
+        return run_body(self.body, batch, packing=self.packing, limit=self.limit, embedded=embedded)
 
     def _score(self, states: Tensor) -> Tensor:
         with torch.autocast(states.device.type, enabled=False):
@@ -169,10 +160,9 @@ def load_canonicaliser(config: DiscriminatorConfig, model: str) -> Canonicaliser
     from transformers import AutoConfig, AutoTokenizer
 
     shape = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    body = skeleton(shape, causal=False, trust_remote_code=config.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    context = min(
-        int(getattr(shape, "max_position_embeddings", None) or 10**9), int(tokenizer.model_max_length)
-    )
+    context = min(longest_input(body) or 10**9, int(tokenizer.model_max_length))
     encoder = body_kind(shape, config.body) == "encoder"
     return Canonicaliser(tokenizer, config.canonical, context=context, encoder=encoder)
 
@@ -203,6 +193,7 @@ def load_discriminator(
     from transformers import AutoConfig
 
     shape = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    empty = skeleton(shape, causal=False, trust_remote_code=config.trust_remote_code)
     kind = body_kind(shape, config.body)
     if kind == "encoder" and config.level == "token":
         raise ValueError(
@@ -210,18 +201,12 @@ def load_discriminator(
             "saw the future"
         )
     # R1 differentiates twice, which flex_attention does not allow.
-    plain = kind == "encoder" or config.gradient_penalty > 0
-    implementation = "sdpa" if plain else attention_implementation(device)
+    implementation = attention_implementation(
+        device, empty, twice=kind == "encoder" or config.gradient_penalty > 0
+    )
     body: Any = load_body(
         model, dtype=dtype, implementation=implementation, trust_remote_code=config.trust_remote_code
     )
-    if kind == "causal" and config.packing and (limit := longest_packable(body.config, body)) is not None:
-        context = load_canonicaliser(config, model)
-        if context.max_prompt + context.max_response > limit:
-            raise ValueError(
-                f"{model} attends to {limit} tokens only: limit discriminator.canonical.max_prompt_tokens "
-                "and max_response_tokens to that sum, or set discriminator.packing = false"
-            )
     if getattr(body, "pooler", None) is not None:
         body.pooler = None  # not used here, and a weight without a gradient upsets ZeRO
     with torch.random.fork_rng(devices=[]):
@@ -238,7 +223,7 @@ def load_discriminator(
             dropout=config.dropout,
             token_dropout=config.token_dropout,
             spectral_bound=config.spectral_norm,
-            implementation=implementation,
+            packing=kind == "causal" and config.packing,
         )
 
 

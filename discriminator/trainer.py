@@ -221,18 +221,10 @@ class DiscriminatorTrainer:
             self.version += 1
             self._published_updates = self.trainable.updates
         state: dict[str, Tensor] = {}
-        layers: dict[str, Any] = {
-            f"{name}.base_layer.weight": layer for name, layer in lora.adapters(self.module)
-        }
-        for name, parameter in self.module.named_parameters():
-            plain = lora.merged_name(name)
-            if plain is None:
-                continue
-            layer = layers.get(name)
-            with self.trainable.gathered([parameter] if layer is None else layer.parameters()):
+        for weight in lora.plain_weights(self.module):
+            with self.trainable.gathered(weight.sources()):
                 if self.trainable.rank == 0:
-                    whole = parameter.detach() if layer is None else lora.merged_weight(layer)
-                    state[plain] = whole.to("cpu", copy=True).contiguous()
+                    state[weight.name] = weight.value().to("cpu", copy=True).contiguous()
         if self.trainable.rank != 0:
             return None
         return Published(self.version, state, state_checksum(state))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -68,9 +68,19 @@ AttentionInterface.register(ON_CPU, sdpa_in_float32)
 AttentionMaskInterface.register(ON_CPU, sdpa_mask)
 
 
-def attention_implementation(device: torch.device | str) -> str:
-    """What a model that will run packed rows must be loaded with."""
-    return "flex_attention" if torch.device(device).type == "cuda" else ON_CPU
+def attention_implementation(
+    device: torch.device | str, model: PreTrainedModel, *, twice: bool = False
+) -> str:
+    """What a model of the class and configuration of `model` (without weights, perhaps) is loaded with to run
+    packed rows on `device`; `twice`: so that its attention can be differentiated twice."""
+    known = model.config.get_text_config()
+    sdpa = model._supports_sdpa and getattr(known, "attn_logit_softcapping", None) is None
+    if model._can_set_attn_implementation() and not twice:
+        if torch.device(device).type == "cuda" and model._supports_flex_attn:
+            return "flex_attention"
+        if torch.device(device).type == "cpu" and sdpa:
+            return ON_CPU
+    return "sdpa" if sdpa else "eager"
 
 
 def prepare_mask(batch: PackedBatch, implementation: str, dtype: torch.dtype) -> torch.Tensor | BlockMask:
@@ -85,6 +95,11 @@ def prepare_mask(batch: PackedBatch, implementation: str, dtype: torch.dtype) ->
     )
 
 
+def attends_ahead(body: nn.Module) -> bool:
+    """Whether a token's state depends on later tokens, as far as the attention modules say."""
+    return any(getattr(module, "is_causal", True) is False for module in body.modules())
+
+
 def longest_packable(config: PreTrainedConfig, body: nn.Module) -> int | None:
     """Longest prompt plus response that packing serves exactly, None for any.
 
@@ -96,7 +111,7 @@ def longest_packable(config: PreTrainedConfig, body: nn.Module) -> int | None:
         raise ValueError(
             f"{config.model_type} takes no position ids, which shared-prefix packing needs; {remedy}"
         )
-    if not getattr(config, "is_causal", True):
+    if attends_ahead(body):
         raise ValueError(
             f"{config.model_type} attends in both directions, shared prefixes need causal attention; {remedy}"
         )
@@ -105,7 +120,10 @@ def longest_packable(config: PreTrainedConfig, body: nn.Module) -> int | None:
         raise ValueError(
             f"{config.model_type} has {', '.join(sorted(unknown))} layers, which cannot be packed; {remedy}"
         )
-    if hasattr(config, "layers_block_type") or getattr(config, "attention_chunk_size", None):
+    others = ("layers_block_type", "attention_chunk_size")
+    if any(getattr(config, name, None) for name in others) or "local" in getattr(
+        config, "attention_layers", ()
+    ):
         raise ValueError(
             f"{config.model_type} is not full attention throughout and cannot be packed; {remedy}"
         )

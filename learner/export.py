@@ -23,15 +23,9 @@ def plain_weights(
     Collective: all ranks call it and all see every weight, one at a time. Tied weights come once, under
     their first name.
     """
-    layers = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(model)}
-    for name, param in model.named_parameters():
-        plain = lora.merged_name(name)
-        if plain is None:
-            continue
-        layer = layers.get(name)
-        with trainable.gathered([param] if layer is None else layer.parameters()):
-            whole = param.detach() if layer is None else lora.merged_weight(layer)
-            each(plain, whole.to(dtype))
+    for weight in lora.plain_weights(model):
+        with trainable.gathered(weight.sources()):
+            each(weight.name, weight.value().to(dtype))
 
 
 def export_plain(

@@ -8,14 +8,14 @@ dtype.
 `ScoredModel` is what an engine wraps: its forward runs body and head, so ZeRO-3's gather hooks fire for both.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from learner.attention import longest_packable, prepare_mask
+from learner.attention import attends_ahead, longest_packable, prepare_mask
 from learner.packing import PackedBatch
 
 
@@ -151,7 +151,7 @@ class ScoredModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.head = VocabularyHead(_linear_head(model))
+        self.head = VocabularyHead(linear_head(model))
         self.temperature = temperature
         self.chunk = chunk
         self.packing = packing
@@ -163,44 +163,77 @@ class ScoredModel(nn.Module):
 
 
 def run_body(
-    body: nn.Module, batch: PackedBatch, *, packing: bool = True, limit: int | None = None
+    body: nn.Module,
+    batch: PackedBatch,
+    *,
+    packing: bool = True,
+    limit: int | None = None,
+    embedded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Last hidden states [R, T, D] of a transformer body on a packed batch, or with `packing = False` on
-    unpacked rows.
+    unpacked rows, as transformers itself masks them.
 
-    `limit` is `learner.attention.longest_packable`'s; longer sequences raise ValueError.
+    `limit` is `learner.attention.longest_packable`'s; longer sequences raise ValueError. `embedded` [R, T, D]
+    takes the place of the tokens' embeddings.
     """
+    tokens = {"input_ids": batch.input_ids} if embedded is None else {"inputs_embeds": embedded}
+    config: Any = body.config
     if not packing:
-        real = (~batch.padding()).long()
-        return body(input_ids=batch.input_ids, attention_mask=real, use_cache=False).last_hidden_state
+        off = {"use_cache": False} if getattr(config, "use_cache", False) else {}  # encoders may not know it
+        return body(**tokens, attention_mask=(~batch.padding()).long(), **off).last_hidden_state
     longest = int(batch.position_ids.max()) + 1
     if limit is not None and longest > limit:
         raise ValueError(
             f"a sequence of {longest} tokens is longer than the model's sliding window of {limit}, packed "
             "rows would attend too far; shorten prompts and responses or set packing = false"
         )
-    config: Any = body.config
-    mask = prepare_mask(batch, config._attn_implementation, config.dtype or torch.float32)
+    dtype = next(weight.dtype for weight in body.parameters() if weight.is_floating_point())
+    mask = prepare_mask(batch, config._attn_implementation, dtype)
     return body(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        **tokens, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
 
 
-def _linear_head(model: PreTrainedModel) -> nn.Linear:
-    projection = model.get_output_embeddings()
-    if not isinstance(projection, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear output layer; use a causal language model")
-    probe = torch.arange(min(8, projection.out_features), device=projection.weight.device)[None]
-    forward: Callable[..., Any] = model.get_decoder()
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        expected = model(input_ids=probe, use_cache=False).logits
-        actual = projection(forward(input_ids=probe, use_cache=False).last_hidden_state)
-    model.train(was_training)
-    if not torch.allclose(expected.float(), actual.float(), atol=1e-3, rtol=1e-3):
+def linear_head(model: PreTrainedModel) -> nn.Linear:
+    """The output layer, which maps the body's last hidden state to the logits with nothing before or after.
+
+    Raises ValueError for a model in which it is not so. Body and layer are stood in for, so that no weights
+    are needed.
+    """
+    body, projection = model.get_decoder(), model.get_output_embeddings()
+    kind = model.config.model_type
+    if body is model or not isinstance(body, PreTrainedModel) or not isinstance(projection, nn.Linear):
+        raise ValueError(f"{kind} is no body with a linear output layer; use a causal language model")
+    if attends_ahead(body):
+        raise ValueError(f"{kind} attends in both directions; use a causal language model")
+    # Whole numbers, large enough for a soft cap to show, that survive a cast.
+    hidden = torch.arange(-90.0, 90.0, 2.5).round().repeat(projection.in_features, 1).T[None]
+    logits = torch.arange(-72.0, 72.0).view(1, 72, 2)
+    entered: list[torch.Tensor] = []
+
+    def project(states: torch.Tensor) -> torch.Tensor:
+        entered.append(states)
+        return logits
+
+    body.forward = lambda *_, **__: _Output(last_hidden_state=hidden)
+    projection.forward = project  # type: ignore[method-assign]
+    try:
+        left = model(input_ids=torch.zeros(1, 72, dtype=torch.int64), use_cache=False).logits
+    finally:
+        del body.forward, projection.forward
+    plain = (
+        len(entered) == 1 and torch.equal(entered[0].float(), hidden) and torch.equal(left.float(), logits)
+    )
+    if not plain:
         raise ValueError(
-            f"{model.config.model_type} transforms its logits after the output layer (a soft cap or scale), "
-            "which the chunked log-probabilities leave out; use another model"
+            f"{kind} transforms its logits before or after the output layer (a soft cap or scale), which the "
+            "chunked log-probabilities leave out; use another model"
         )
     return projection
+
+
+class _Output(BaseModelOutput):
+    """A body's output; whatever else a model looks for in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None

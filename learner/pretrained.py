@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from learner.attention import attention_implementation
@@ -28,23 +28,55 @@ def load_causal_lm(
     """Load a causal LM by hub name or folder, ready for packed rows and without dropout: what is trained is
     the likelihood that samples were drawn with. ValueError as `load_body`.
     """
-    model = _load(AutoModelForCausalLM, name, dtype, attention_implementation(device), trust_remote_code)
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
-                setattr(module, attribute, 0.0)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    empty = skeleton(config, causal=True, trust_remote_code=trust_remote_code)
+    implementation = attention_implementation(device, empty)
+    model = _load(AutoModelForCausalLM, name, dtype, implementation, trust_remote_code)
+    _set_dropout_to_zero(list(model.modules()))
     return model.to(device)  # type: ignore[arg-type]
 
 
 def load_body(
     name: str, *, dtype: torch.dtype, implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a transformer, causal or encoder, without its language-model head, on the CPU.
+    """Load a transformer, causal or encoder, without its language-model head, on the CPU. It has the dropout
+    of its configuration but in its attention, where flex_attention allows none.
 
     implementation: of attention (None: the model's own choice). Raises ValueError when weights are missing,
     which would be random without a word.
     """
-    return _load(AutoModel, name, dtype, implementation, trust_remote_code)
+    model = _load(AutoModel, name, dtype, implementation, trust_remote_code)
+    for module in model.modules():
+        if "Attention" in type(module).__name__:
+            inner = [child for part, child in module.named_children() if "resid" not in part]
+            _set_dropout_to_zero([module, *(child for child in inner if isinstance(child, nn.Dropout))])
+    return model
+
+
+def skeleton(config: PreTrainedConfig, *, causal: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model, or the body, of a configuration on torch's `meta` device: all its modules in
+    a moment and no weights."""
+    kind = AutoModelForCausalLM if causal else AutoModel
+    with _quiet(), torch.device("meta"):
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """Most tokens that a model reads; None when its configuration knows no limit.
+
+    RoBERTa and its kin number positions from behind the padding index, within the same table.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.weight.shape[0]) - module.padding_idx - 1  # type: ignore[operator, union-attr]
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _set_dropout_to_zero(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
+                setattr(module, attribute, 0.0)
 
 
 def _load(

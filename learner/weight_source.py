@@ -5,7 +5,7 @@ checksum.
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,23 +16,6 @@ from learner import lora
 from rollout.wire import CHECKSUM_BYTES, CHECKSUM_PREFIX, checksum
 
 MIB = 1 << 20
-
-
-class _Weight(NamedTuple):
-    """A weight of the plain model: its name there, its parameter (or buffer), and the adapted layer it
-    belongs to."""
-
-    name: str
-    parameter: torch.Tensor
-    adapted: Any | None
-
-    def sources(self) -> list[torch.Tensor]:
-        """All parameters that its value is made of."""
-        return [self.parameter] if self.adapted is None else list(self.adapted.parameters())
-
-    def value(self) -> torch.Tensor:
-        """Detached, adapters merged; its sources must be whole on this rank."""
-        return self.parameter.detach() if self.adapted is None else lora.merged_weight(self.adapted)
 
 
 class ModuleWeights(WeightSource):
@@ -60,14 +43,9 @@ class ModuleWeights(WeightSource):
         self._module = module
         self._dtype = dtype
         self._gather_bytes = gather_bytes
-        adapted = {f"{name}.base_layer.weight": layer for name, layer in lora.adapters(module)}
-        self._weights = [
-            _Weight(plain, parameter, adapted.get(name))
-            for name, parameter in module.named_parameters()
-            if (plain := lora.merged_name(name)) is not None
-        ]
         kept = module.state_dict().keys()
-        self._weights += [_Weight(name, b, None) for name, b in module.named_buffers() if name in kept]
+        buffers = [lora.PlainWeight(name, b, None) for name, b in module.named_buffers() if name in kept]
+        self._weights = [*lora.plain_weights(module), *buffers]
         empty = {weight.name: self._empty(weight.parameter) for weight in self._weights}
         self._stored = [self._as_stored(name, tensor) for name, tensor in empty.items()]
         apart = {name: tensor.shape for stored in self._stored for name, tensor in stored.items()}
@@ -96,7 +74,7 @@ class ModuleWeights(WeightSource):
             for bucket in self._gather_buckets():
                 yield from self._send_bucket(bucket)
 
-    def _send_bucket(self, bucket: list[_Weight]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _send_bucket(self, bucket: list[lora.PlainWeight]) -> Iterator[tuple[str, torch.Tensor]]:
         started = time.perf_counter()
         with self._gathered([parameter for weight in bucket for parameter in weight.sources()]):
             self.gather_s += time.perf_counter() - started
@@ -118,8 +96,8 @@ class ModuleWeights(WeightSource):
         shape = getattr(parameter, "ds_shape", parameter.shape)
         return torch.empty(shape, dtype=self._wire_dtype(parameter), device="meta")
 
-    def _gather_buckets(self) -> Iterator[list[_Weight]]:
-        bucket: list[_Weight] = []
+    def _gather_buckets(self) -> Iterator[list[lora.PlainWeight]]:
+        bucket: list[lora.PlainWeight] = []
         used = 0
         for weight in self._weights:
             # A partitioned parameter's own numel is 0.

@@ -17,16 +17,14 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from rollout.config import DataConfig, PolicyConfig, SamplingConfig
+from rollout.config import DataConfig, PolicyConfig
 from rollout.hub import hub_problem
 from rollout.rows import DataError
-
-_LONGEST_SANE_CONTEXT = 10**9  # tokenizers without a limit report 1e30
 
 
 def load_tokenizer(policy: PolicyConfig) -> Any:
     """Tokenizer of `policy.model`, from a local folder or the hub. Raises DataError when there is none."""
-    from transformers import AutoTokenizer  # seconds to import; configuration errors come first
+    from transformers import AutoTokenizer, PreTrainedConfig  # seconds to import; simple errors come first
 
     if not policy.model:
         raise DataError("policy.model is not set: name a local model folder or a hub model")
@@ -41,12 +39,15 @@ def load_tokenizer(policy: PolicyConfig) -> Any:
             "the examples"
         )
     problem = None if folder.is_dir() else hub_problem(policy.model)
+    name, offline = folder if folder.is_dir() else policy.model, problem is not None
     try:
+        said, _ = PreTrainedConfig.get_config_dict(name, local_files_only=offline)
+        _check_type(policy, said)
         tokenizer = AutoTokenizer.from_pretrained(
-            folder if folder.is_dir() else policy.model,
-            trust_remote_code=policy.trust_remote_code,
-            local_files_only=problem is not None,
+            name, trust_remote_code=policy.trust_remote_code, local_files_only=offline
         )
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         first_line = problem or (str(error).splitlines() or [""])[0]
         where = "" if folder.is_dir() else "it is no local folder, is not cached, and the hub gives "
@@ -60,6 +61,20 @@ def load_tokenizer(policy: PolicyConfig) -> Any:
             f"policy.model = {policy.model!r}: has no fast tokenizer (tokenizer.json), which rlgaf needs"
         )
     return tokenizer
+
+
+def _check_type(policy: PolicyConfig, said: dict[str, Any]) -> None:
+    """DataError when a model's config.json, `said`, is of no type that transformers knows."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    kind = said.get("model_type")
+    if kind not in CONFIG_MAPPING and not (policy.trust_remote_code and said.get("auto_map")):
+        raise DataError(
+            f"policy.model = {policy.model!r}: its config.json "
+            + ("has no model_type" if kind is None else f"has model_type {kind!r}")
+            + f", by which transformers {__version__} knows no class; name another model, or set "
+            "trust_remote_code for one that brings its own code"
+        )
 
 
 def end_of_response_id(tokenizer: Any, policy: PolicyConfig) -> int:
@@ -99,40 +114,6 @@ def eos_ids(shape: Any, model: str, tokenizer: Any) -> set[int]:
         said = shape.get_text_config().eos_token_id
     several = said if isinstance(said, list) else [said]
     return {int(token) for token in [*several, tokenizer.eos_token_id] if token is not None}
-
-
-def check_model(policy: PolicyConfig, data: DataConfig, sampling: SamplingConfig, tokenizer: Any) -> None:
-    """Check the model's configuration, not its weights: causal, vocabulary covers the tokenizer, context is
-    enough.
-
-    Raises DataError.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = AutoConfig.from_pretrained(
-        policy.model,
-        trust_remote_code=policy.trust_remote_code,
-        local_files_only=not Path(policy.model).is_dir() and hub_problem(policy.model) is not None,
-    ).get_text_config()
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not policy.trust_remote_code:
-        raise DataError(
-            f"policy.model = {policy.model!r}: {config.model_type!r} is not a causal language model"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise DataError(
-            f"policy.model = {policy.model!r}: vocabulary mismatch: the tokenizer has "
-            f"{len(tokenizer)} tokens, "
-            f"the model {config.vocab_size}"
-        )
-    context = getattr(config, "max_position_embeddings", None)
-    longest = data.max_prompt_tokens + sampling.max_tokens
-    if context and context < _LONGEST_SANE_CONTEXT and longest > context:
-        raise DataError(
-            f"data.max_prompt_tokens + sampling.max_tokens = {longest} is more than the context of "
-            f"{policy.model!r} "
-            f"({context}); lower data.max_prompt_tokens to at most {context - sampling.max_tokens}"
-        )
 
 
 class Renderer:

@@ -1,15 +1,10 @@
-"""What is checked of a run's functions, models and data before anything is started."""
-
-from pathlib import Path
+"""What is checked of a run's functions and data before anything is started."""
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from discriminator.config import DiscriminatorConfig
 from discriminator.external_reward import UserRewardError, load_user_reward
 from rollout.data import SPLITS, DataError, DataSplits, require_at_least
-from rollout.hub import hub_problem
-from rollout.templates import load_tokenizer
 from services.config import Config, ConfigError
 from services.evaluation.extra_measures import load_extra_measures
 
@@ -27,55 +22,6 @@ def check_user_functions(config: Config) -> None:
         load_user_reward(config.discriminator.reward)
     except UserRewardError as error:
         raise ConfigError(f"discriminator.reward: {error}") from None
-
-
-def check_other_models(config: Config) -> None:
-    """The models that judge can be found and have a fast tokenizer, like the policy, and the discriminator's
-    is of a kind that can judge at its level; no weights are read.
-
-    Raises:
-        DataError: names the field.
-    """
-    if config.run.method != "sft":
-        _check_model(config, "discriminator.model", config.discriminator.model)
-        if config.discriminator.model:
-            _check_body(config.discriminator)
-    check_embedding_model(config)
-
-
-def check_embedding_model(config: Config) -> None:
-    """The same of the model behind the embedding classifier."""
-    if config.evaluation.embedding_model != "none":
-        _check_model(config, "evaluation.embedding_model", config.evaluation.embedding_model)
-
-
-def _check_model(config: Config, field: str, name: str) -> None:
-    if name:
-        try:
-            load_tokenizer(config.policy.model_copy(update={"model": name}))
-        except DataError as error:
-            raise DataError(str(error).replace("policy.model", field)) from None
-
-
-def _check_body(judge: DiscriminatorConfig) -> None:
-    from transformers import AutoConfig  # seconds to import, and so is the model's module
-
-    from discriminator.model import body_kind
-
-    try:
-        shape = AutoConfig.from_pretrained(
-            judge.model,
-            trust_remote_code=judge.trust_remote_code,
-            local_files_only=not Path(judge.model).is_dir() and hub_problem(judge.model) is not None,
-        )
-        kind = body_kind(shape, judge.body)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"discriminator.model: {error}") from None
-    if kind == "encoder" and judge.level == "token":
-        raise DataError(
-            f'discriminator.model = {judge.model!r} is bidirectional: discriminator.level = "token" would '
-            'score prefixes that saw the future; choose a causal model or level = "sequence"'
-        )
 
 
 def check_data(config: Config, splits: DataSplits) -> None:

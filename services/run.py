@@ -8,15 +8,16 @@ from pathlib import Path
 
 from rollout.data import load_data
 from rollout.engine import check_vllm_version
-from rollout.templates import Renderer, check_model, load_tokenizer
+from rollout.templates import Renderer, load_tokenizer
 from services.autoscaling import bring_up, largest
 from services.checkpoint import CONFIG
 from services.config import Config, ConfigError, given, with_absolute_paths
-from services.input_checks import check_data, check_other_models, check_user_functions
+from services.input_checks import check_data, check_user_functions
 from services.jobs.resumption import find_checkpoint, wait_for_an_earlier_driver
 from services.lease import Lease
 from services.methods import method_title, not_read
 from services.mirror import check_mirror
+from services.model_checks import check_other_models, check_policy
 from services.plan import local_gpus, resource_plan
 from services.ray_cluster import ray_cluster
 from services.report import make_console
@@ -62,10 +63,10 @@ def run(config: Config, *, resume: bool, auto: bool = False, from_step: int | No
     if not cluster:
         plan.check(float(os.cpu_count() or 1), local_gpus(), "this machine")
     tokenizer = load_tokenizer(config.policy)
-    check_model(config.policy, config.data, config.sampling, tokenizer)
+    check_policy(config, tokenizer)
+    renderer = Renderer(tokenizer, config.data, config.policy)
     check_other_models(config)
     check_user_functions(config)
-    renderer = Renderer(tokenizer, config.data, config.policy)
     splits = load_data(config.data, renderer)
     check_data(config, splits)
     say = partial(console.print, highlight=False, markup=False)

@@ -20,12 +20,12 @@ from rollout.data import (
 from rollout.engine import check_vllm_version
 from rollout.printable import printable
 from rollout.prompts import evaluation_requests
-from rollout.templates import Renderer, check_model, load_tokenizer
+from rollout.templates import Renderer, load_tokenizer
 from rollout.worker import RolloutWorker
 from services.answers import TEXTS, first_prompts, human_answers, side_by_side
 from services.config import Config, ConfigError
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
-from services.input_checks import check_embedding_model
+from services.model_checks import Use, check_embedding_model, check_policy
 from services.plan import local_gpus, resource_plan
 
 LEAST_PROMPTS = 8
@@ -48,7 +48,7 @@ def evaluate_model(config: Config, json_out: Path | None, test_split: bool) -> N
     settings, limit = config.evaluation, config.sampling.max_tokens
     measures = load_extra_measures(settings.extra_measures)
     config = resource_plan(config, gpus=local_gpus()).settle(config)
-    renderer = _renderer(config)
+    renderer = _renderer(config, "evaluate")
     check_embedding_model(config)
     human, train = _demonstrations(config, renderer, test_split)
     requests = evaluation_requests(human, renderer.encode, settings.samples_per_prompt, 0, settings.seed)
@@ -105,7 +105,7 @@ def _demonstrations(config: Config, renderer: Renderer, test_split: bool) -> tup
 def generate_answers(config: Config, prompts: list[str], file: Path | None) -> None:
     """Print one JSON object (prompt, response, finish_reason) per prompt."""
     config = resource_plan(config, gpus=local_gpus()).settle(config)
-    renderer = _renderer(config)
+    renderer = _renderer(config, "generate")
     chat = config.data.prompt_format == "chat"
     given = [json.dumps(prompt) if chat else prompt for prompt in prompts]
     texts = [renderer.render(prompt) for prompt in given]
@@ -128,13 +128,13 @@ def generate_answers(config: Config, prompts: list[str], file: Path | None) -> N
         print(printable(json.dumps(answer, ensure_ascii=False)))
 
 
-def _renderer(config: Config) -> Renderer:
+def _renderer(config: Config, use: Use) -> Renderer:
     try:
         check_vllm_version()
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(config.policy)
-    check_model(config.policy, config.data, config.sampling, tokenizer)
+    check_policy(config, tokenizer, use)
     return Renderer(tokenizer, config.data, config.policy)
 
 

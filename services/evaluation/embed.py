@@ -28,7 +28,7 @@ class Embedder:
         import torch
         from transformers import AutoTokenizer
 
-        from learner.pretrained import load_body
+        from learner.pretrained import load_body, longest_input
 
         self.name = model
         self._threads = threads
@@ -36,7 +36,7 @@ class Embedder:
         self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         self._model = load_body(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
         self._model.eval().requires_grad_(False)
-        self._max_tokens = min(max_tokens, getattr(self._model.config, "max_position_embeddings", max_tokens))
+        self._max_tokens = min(max_tokens, longest_input(self._model) or max_tokens)
         self._kept: dict[str, np.ndarray] = {}
 
     @property

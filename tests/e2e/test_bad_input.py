@@ -240,10 +240,14 @@ def altered_model(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     return copy
 
 
-def test_tokenizer_without_eos(train, tiny_demonstrations, altered_model):
+def test_tokenizer_without_eos(train, tiny_demonstrations, altered_model, tiny_model):
     model = altered_model("tokenizer_config.json", eos_token=None)
     refused(train(tiny_demonstrations, model=model), "altered", "has no EOS token", "policy.end_of_response")
-    assert train(tiny_demonstrations, "--policy.end_of_response=<|end|>", model=model)[0] == 0
+    named = "--policy.end_of_response=<|end|>"
+    refused(
+        train(tiny_demonstrations, named, model=model), "neither EOS nor SEP", "name a discriminator.model"
+    )
+    assert train(tiny_demonstrations, named, f"--discriminator.model={tiny_model}", model=model)[0] == 0
 
 
 def test_chat_without_template(train, tiny_demonstrations, altered_model):

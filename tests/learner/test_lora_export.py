@@ -1,25 +1,48 @@
 """Adapters: merged export equals the adapter forward, the base is the reference, and only adapters train."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig as PeftLora
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+)
+from transformers.pytorch_utils import Conv1D
 from two_ranks import run_two_ranks
 from zero_worker import two_updates, whole_weights, zero_stages
 
 from learner import lora
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, LoraConfig
 from learner.packing import pack
 from learner.policy import PolicyLearner
 from learner.samples import Samples
 
+ENDS = {"eos_token_id": 1, "bos_token_id": 0}
 SETTINGS = {"lr": 1e-2, "kl_coef": 0.1, "device": "cpu", "lora": {"rank": 4, "alpha": 8}}
 
 
+@pytest.fixture
+def tiny_gpt2(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, **ENDS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
 @pytest.mark.parametrize("stage", [1, 3])
-def test_merged_export_equals_adapter_forward(tiny_model, uneven_table, tmp_path, stage):
-    learner = PolicyLearner(
-        str(tiny_model), LearnerConfig(zero_stage=stage, **SETTINGS), model_dtype="float32"
-    )
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_gpt2"])
+def test_merged_export_equals_adapter_forward(request, uneven_table, tmp_path, kind, stage):
+    settings, model = LearnerConfig(zero_stage=stage, **SETTINGS), request.getfixturevalue(kind)
+    learner = PolicyLearner(str(model), settings, model_dtype="float32")
     before = learner.response_logprobs(uneven_table)
     first = learner.train_step(uneven_table, 0)
     learner.train_step(uneven_table, 1)
@@ -69,8 +92,8 @@ def test_adapters_off_restores_training(tiny_model):
     with lora.adapters_off(model):
         pass
     assert [p.requires_grad for p in model.parameters()] == trainable
-    names = {lora.merged_name(name) for name, _ in model.named_parameters()} - {None}
-    assert names == {name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()}
+    names = [weight.name for weight in lora.plain_weights(model)]
+    assert names == [name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()]
 
 
 def test_two_ranks_change_nothing_and_send_merged_weights(tiny_model, uneven_table, tmp_path):
@@ -86,30 +109,35 @@ def test_two_ranks_change_nothing_and_send_merged_weights(tiny_model, uneven_tab
         assert ranks_metrics[1]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize(
     ("dtype", "sent"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
 )
-def test_an_adapted_layer_computes_with_the_weight_that_is_sent(dtype, sent):
-    layer = adapted_layer(dtype, sent)
+def test_an_adapted_layer_computes_with_the_weight_that_is_sent(dtype, sent, kind):
+    layer = adapted_layer(dtype, sent, kind)
     x = torch.randn(3, 5, 48, dtype=dtype)
     weight = lora.merged_weight(layer)
     assert torch.equal(weight, weight.to(sent).to(dtype)), "nothing is left to round when it is sent"
-    expected = torch.nn.functional.linear(x, weight, layer.get_base_layer().bias)
-    assert torch.equal(layer(x), expected)
+    assert weight.shape == layer.get_base_layer().weight.shape
+    rows_out = weight.T if kind is Conv1D else weight
+    assert torch.equal(layer(x), nn.functional.linear(x, rows_out, layer.get_base_layer().bias))
     with lora.adapters_off(layer):
         assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
-def test_a_fold_in_bfloat16_rounds_once():
-    layer = adapted_layer(torch.bfloat16, torch.bfloat16)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_fold_in_bfloat16_rounds_once(kind):
+    layer = adapted_layer(torch.bfloat16, torch.bfloat16, kind)
     a, b = (layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double())
-    exact = layer.get_base_layer().weight.double() + layer.scaling["default"] * b @ a
+    delta = layer.scaling["default"] * b @ a
+    exact = layer.get_base_layer().weight.double() + (delta.T if kind is Conv1D else delta)
     torch.testing.assert_close(lora.merged_weight(layer).double(), exact, rtol=2**-8 * 1.01, atol=0)
 
 
-def test_gradients_are_those_of_an_adapter_beside_its_layer():
-    layer = adapted_layer(torch.float64, torch.float64)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_gradients_are_those_of_an_adapter_beside_its_layer(kind):
+    layer = adapted_layer(torch.float64, torch.float64, kind)
     a, b = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     x = torch.randn(3, 5, 48, dtype=torch.float64, requires_grad=True)
 
@@ -128,11 +156,79 @@ def test_gradients_are_those_of_an_adapter_beside_its_layer():
         torch.testing.assert_close(one, other)
 
 
-def adapted_layer(dtype, sent):
+def adapted_layer(dtype, sent, kind):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(48, 32))
-    model.config = None
-    adapter = LearnerConfig(**SETTINGS).lora.model_copy(update={"target_modules": ["0"]})
-    (_, layer), *_ = lora.adapters(lora.attach(model, adapter, sent=sent))
+    base = kind(48, 32) if kind is nn.Linear else kind(32, 48)
+    layer = lora.FoldedLayer(base, "default", PeftLora(), r=4, lora_alpha=8)
+    layer.sent = sent
     torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+    torch.nn.init.normal_(base.bias)
     return layer.to(dtype)
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = SIZES | {"intermediate_size": 32, "num_key_value_heads": 1, "eos_token_id": 1, "bos_token_id": 0}
+MODELS = {
+    "llama, tied head": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False),
+    "gpt2": GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, **ENDS),
+    "falcon": FalconConfig(**SIZES, **ENDS),
+    "opt": OPTConfig(**SIZES, ffn_dim=32, max_position_embeddings=32, word_embed_proj_dim=16, **ENDS),
+    "qwen3_moe": Qwen3MoeConfig(
+        **LLAMA, head_dim=8, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2
+    ),
+    "bert": BertConfig(**SIZES, intermediate_size=32),
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("sent", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("body", [False, True], ids=["policy", "body"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_computed_is_what_the_plain_model_computes_with_what_leaves(name, body, sent):
+    """The policy's walk for the wire and exports, and the one of a body that is published."""
+    kind = AutoModel if body or name == "bert" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    targets = ATTENTION if "moe" in name else "all-linear"
+    plain = kind.from_config(MODELS[name]).eval()
+    adapted = lora.attach(copy.deepcopy(plain), LoraConfig(rank=4, target_modules=targets), sent=sent).eval()
+    for _, layer in lora.adapters(adapted):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    weights = {weight.name: weight.value() for weight in lora.plain_weights(adapted)}
+    assert list(weights) == [name for name, _ in plain.named_parameters()]
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        base, found = plain(ids)[0], adapted(ids)[0]
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(weights[name].to(sent))
+        torch.testing.assert_close(found, plain(ids)[0], rtol=1e-5, atol=1e-5)
+    assert (found - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "message"),
+    [
+        ("gpt2", ["wte"], r'into transformer\.wte \(Embedding\).*\["c_attn", "c_proj", "c_fc"\]'),
+        ("llama", ["q_proj", "lm_head"], r"into lm_head \(Linear\)"),
+        ("llama, tied head", ["lm_head"], r"into lm_head \(Linear\)"),
+        ("llama, tied head", ["embed_tokens"], r"into model\.embed_tokens \(Embedding\)"),
+        ("llama", ["q_proj", "c_attn"], r"LlamaForCausalLM has no module 'c_attn'.*\[\"q_proj\""),
+        ("llama", ["self_attn"], r"into model\.layers\.0\.self_attn \(LlamaAttention\)"),
+        ("llama", ["norm"], r"into model\.norm \(LlamaRMSNorm\)"),
+        ("qwen3_moe", "all-linear", r'experts \(Qwen3MoeExperts\).*set it to \["q_proj", "k_proj", "v_proj"'),
+        ("qwen3_moe", ["gate"], r"gate \(Qwen3MoeTopKRouter\)"),
+        ("qwen3_moe", ["down_proj"], r"no module 'down_proj'"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_without_weights(name, targets, message):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MODELS[name])
+    with pytest.raises(ValueError, match=r"^lora\.target_modules: .*" + message):
+        lora.attach(model, LoraConfig(rank=2, target_modules=targets), sent=torch.float32)
+
+
+def test_a_weight_that_two_modules_share_is_refused():
+    model = AutoModel.from_config(MODELS["llama"])
+    model.layers[1].mlp.up_proj.weight = model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"into layers\.0\.mlp\.up_proj \(Linear\)"):
+        lora.attach(model, LoraConfig(rank=2), sent=torch.float32)
