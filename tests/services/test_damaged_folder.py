@@ -57,7 +57,7 @@ def cut(keep: int, tail: bytes) -> Damage:
 
 
 def nested(depth: int) -> Damage:
-    return lambda _: b"[" * depth + b"]" * depth
+    return lambda content: (b"a = " if b"[run]\n" in content else b"") + b"[" * depth + b"]" * depth
 
 
 def replaced(place: int, value: Any) -> Damage:
