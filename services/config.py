@@ -42,8 +42,8 @@ class RunSection(Section):
     """What is run, for how long, and where it is written."""
 
     name: str = "run"
-    """The run's folder is output/name: at most 64 letters, digits, ".", "_" and "-", of which the first is a
-    letter or a digit."""
+    """The run's folder is output/name.
+    At most 64 letters, digits, ".", "_" and "-", beginning with a letter or a digit."""
 
     output: str = "runs"
     """Folder that holds run folders."""

@@ -71,7 +71,10 @@ class Differences:
 
 def flat_config(text: str) -> Flat:
     """A configuration's TOML by dotted name. Raises ValueError on text that is no TOML."""
-    return dict(_flattened(tomllib.loads(text), ""))
+    try:
+        return dict(_flattened(tomllib.loads(text), ""))
+    except RecursionError:
+        raise ValueError("the checkpoint's configuration is nested too deeply") from None
 
 
 def compare(before: Flat, config: Config) -> Differences:
