@@ -208,7 +208,7 @@ class TrainableModel:
         return dict(zip(names, stacked.tolist(), strict=True))
 
     @contextmanager
-    def gathered(self, params: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+    def gathered(self, params: Iterable[torch.Tensor] | None = None) -> Iterator[None]:
         """Whole weights of `params` (None: all) on every rank inside this block, whatever the ZeRO stage.
         Read-only."""
         chosen = list(self.module.parameters() if params is None else params)
