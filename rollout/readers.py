@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from rollout.credentials import Redacted
+
 BATCH_ROWS = 8192
 _EXAMPLES = 5
 _SPLIT_NAME = re.compile(r"((?:train|validation|valid|val|dev|test|eval)(?:_\w+)?)(?:[-.]|$)")
@@ -29,7 +31,7 @@ _COMPRESSED = {
 }
 
 
-class DataError(ValueError):
+class DataError(Redacted, ValueError):
     """Input that cannot be used. The message names file and row, or the setting, and says what to do."""
 
 
