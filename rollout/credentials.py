@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-_NAMES = r"(?:token|secret|passw(?:or)?d|pwd|signature|sig|credential|auth|(?:api_?|access_?|account_?)?key)"
+_NAMES = r"(?:token|secret|passw(?:or)?d|pwd|sig(?:nature)?|credential|auth|(?:api_?|access_?|account_?)?key)"
 _USER = re.compile(
     r"(\w:/{1,2})([^/?#\s\"'@]{1,256}:(?!\d{1,5}(?:[/?#]|$))[^\s\"']{0,512}|[^/?#\s\"'@]{0,256})@"
 )
@@ -39,8 +39,8 @@ def redacted(text: str) -> str:
 
 
 def holds_credentials(text: str) -> bool:
-    """Whether a URL in the text has a user, a password or a parameter that is named like a secret. The user of
-    HDFS, which is no secret, may stand."""
+    """Whether a URL in the text has a user, a password or a parameter that is named like a secret. The user
+    of HDFS, which is no secret, may stand."""
     users = [user for user in _USER.finditer(text) if not (_is_hdfs(text, user) and ":" not in user[2])]
     return bool(users or ("://" in text and _PARAMETER.search(text)))
 
@@ -64,10 +64,10 @@ def fields_with_credentials(said: Any, where: str = "") -> Iterator[str]:
 def _is_a_variable(name: str) -> str:
     if not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
         raise ValueError(
-            "give the name of an environment variable that holds the token (capitals, digits, _), not the token"
+            "give the name of an environment variable with the token (capitals, digits, _), not the token"
         )
     return name
 
 
 VariableName = Annotated[str, AfterValidator(_is_a_variable)]
-"""Name of an environment variable with a secret. A value that is none, perhaps the secret, is not repeated."""
+"""Name of an environment variable with a secret. What is no name may be the secret, and is not repeated."""

@@ -271,8 +271,8 @@ def refuse_credentials(fields: list[str]) -> None:
     if fields:
         raise ConfigError(
             "\n".join(
-                f"{field}: the URL holds credentials, and a configuration is copied to run folders, models and "
-                "logs; leave them out and put them into the environment, as in AWS_ACCESS_KEY_ID and "
+                f"{field}: the URL holds credentials, and a configuration is copied to folders and logs; "
+                "leave them out and put them into the environment, as in AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, HF_TOKEN, RAY_AUTH_TOKEN or RLGAF_REWARD_TOKEN"
                 for field in dict.fromkeys(fields)
             )

@@ -91,7 +91,8 @@ class Seen:
             for one in process.net_connections("inet")
             if one.status == psutil.CONN_LISTEN
         }
-        self.ray_tokens |= {process.environ()["RAY_AUTH_TOKEN"]} if line.startswith("ray::") else set()
+        if process.name() == "raylet":  # what Ray names anew has lost its environment to the name
+            self.ray_tokens.add(process.environ()["RAY_AUTH_TOKEN"])
 
 
 @pytest.fixture(scope="module")
