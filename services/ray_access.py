@@ -27,10 +27,14 @@ def guard(address: str | None) -> None:
     if address is None:
         os.environ.update({MODE: "token", TOKEN: secrets.token_hex(32)})
         os.environ.setdefault("RAY_TMPDIR", str(own_folder()))
+    reread()
+
+
+def reread() -> None:
+    """Have Ray look again at what it read of the environment when it was imported."""
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    # Ray reads all three when it is imported, which may have been before.
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(next(iter(ON_LOOPBACK))) != "0"
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
