@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-_NAMES = r"(?:token|secret|passw(?:or)?d|pwd|sig(?:nature)?|credential|auth|(?:api_?|access_?|account_?)?key)"
+_NAMES = r"(?:token|secret|passw(?:or)?d|pwd|sig(?:nature)?|credential|auth|((api|access|account)_?)?key)"
 _USER = re.compile(
     r"(\w:/{1,2})([^/?#\s\"'@]{1,256}:(?!\d{1,5}(?:[/?#]|$))[^\s\"']{0,512}|[^/?#\s\"'@]{0,256})@"
 )
-"""What stands before a host: `user@`, `user:password@` (which may hold slashes), `token@`. One slash is what a
-file name makes of two."""
+"""What stands before a host: `user@`, `user:password@` (which may hold slashes), `token@`. One slash is what
+a file name makes of two."""
 _PARAMETER = re.compile(rf"([?&;#](?:[\w.-]*[_.-]|aws)?{_NAMES}(?:_?id)?=)[^&;#\s\"']+", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|_KEY|_KEY_ID)$")
 SHORTEST = 8

@@ -21,9 +21,19 @@ ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 def guard(address: str | None) -> None:
     """Prepare this process for the cluster at `address`, or for one of its own with a token that nobody else
     has. Before `ray.init`.
+
+    Raises:
+        ConfigError: a token is asked for and not there.
     """
-    if address is None or host_of(address) in LOOPBACK:
+    here = address is None or host_of(address) in LOOPBACK
+    if here:
         os.environ.update(ON_LOOPBACK)
+        if token_value() is not None:
+            os.environ.setdefault(MODE, "token")  # a cluster here without a token does not look at it
+    if os.environ.get(MODE) == "token" and token_value() is None and address:
+        raise ConfigError(
+            f"{MODE} = token, and there is no token for {address}: put it into {TOKEN} or {token_file()}"
+        )
     if address is None:
         os.environ.update({MODE: "token", TOKEN: secrets.token_hex(32)})
         os.environ.setdefault("RAY_TMPDIR", str(own_folder()))
@@ -53,6 +63,26 @@ def own_folder() -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder} must be a folder that only you can enter: remove it, or chmod 700 it")
     return folder
+
+
+def token_value() -> str | None:
+    """The token Ray would use: RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+    if text := os.environ.get(TOKEN, "").strip():
+        return text
+    try:
+        return token_file().read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def token_source() -> str:
+    """Where `token_value` finds it, for messages."""
+    return f"the variable {TOKEN}" if os.environ.get(TOKEN, "").strip() else f"the file {token_file()}"
+
+
+def token_file() -> Path:
+    """Where Ray looks for the token, if it is in no variable."""
+    return Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
 
 
 def host_of(address: str) -> str:

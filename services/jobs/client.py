@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from services.config import ConfigError
-from services.jobs.cluster import token_source, token_value
 from services.jobs.working_dir import packed
+from services.ray_access import token_source, token_value
 
 CONNECT_S = 15.0
 REQUEST_S = 120.0

@@ -28,7 +28,15 @@ import psutil
 
 from services.config import ConfigError
 from services.plan import cpu_torch
-from services.ray_access import LOOPBACK, MODE, ON_LOOPBACK, TOKEN, TOKEN_PATH, own_folder
+from services.ray_access import (
+    LOOPBACK,
+    MODE,
+    ON_LOOPBACK,
+    own_folder,
+    token_file,
+    token_source,
+    token_value,
+)
 
 LOCAL = "127.0.0.1"
 STOP_WAIT_S = 900
@@ -172,28 +180,9 @@ def down(port: int) -> bool:
     return True
 
 
-def token_value() -> str | None:
-    """The token Ray would use: RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
-    if text := os.environ.get(TOKEN, "").strip():
-        return text
-    try:
-        return _token_file().read_text().strip() or None
-    except FileNotFoundError:
-        return None
-
-
-def token_source() -> str:
-    """Where `token_value` finds it, for messages."""
-    return f"the variable {TOKEN}" if os.environ.get(TOKEN, "").strip() else f"the file {_token_file()}"
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
-
-
 def _keep_token() -> None:
     """Make a token where there is none. Ray's own commands leave its file readable to everyone."""
-    file = _token_file()
+    file = token_file()
     if token_value() is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:

@@ -16,10 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from free_ports import free_ports
 from launching import PROMPTS, SAMPLES, Finished, Launch, kill_a_rollout_worker
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from learner.environment import jemalloc
 
@@ -80,19 +82,26 @@ class Seen:
     listening: set[tuple[str, str]] = field(default_factory=set)
     """Process and address of every port."""
     ray_tokens: set[str] = field(default_factory=set)
+    refusals: list[grpc.StatusCode] = field(default_factory=list)
+    """What replicas say to a caller without a token."""
 
     def look(self, process: psutil.Process) -> None:
         line, maps = " ".join(process.cmdline()), Path(f"/proc/{process.pid}/maps").read_text()
         for kind in COMPUTING:
             if line.startswith(kind):
                 self.jemalloc[kind].add("libjemalloc" in maps)
-        self.listening |= {
-            (line.split()[0], one.laddr.ip)
-            for one in process.net_connections("inet")
-            if one.status == psutil.CONN_LISTEN
-        }
+        ports = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        self.listening |= {(line.split()[0], port.ip) for port in ports}
+        if line.startswith("ray::ServeReplica"):
+            self.refusals += [_answer(port.port) for port in ports if not _loopback(port.ip)]
         if process.name() == "raylet":  # what Ray names anew has lost its environment to the name
             self.ray_tokens.add(process.environ()["RAY_AUTH_TOKEN"])
+
+
+def _answer(port: int) -> grpc.StatusCode:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as answered:
+        serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(serve_pb2.ASGIRequest(), timeout=10)
+    return answered.value.code()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +149,10 @@ def test_no_port_is_open_to_other_machines(scaled, seen):
     names = {name for name, _ in seen.listening}
     assert {"ray::RolloutWorker", "ray::RayTrainWorker"} <= {name.split(".")[0] for name in names}, names
     open_ = {(name, ip) for name, ip in seen.listening if not _loopback(ip)}
-    assert open_ == set()
+    # Ray Serve names no address for the port between deployments; it asks for the token.
+    assert {name.split(":")[2] for name, _ in open_} <= {"ServeReplica"}
+    assert len(seen.refusals) == 2
+    assert set(seen.refusals) == {grpc.StatusCode.UNAUTHENTICATED}
 
 
 def _loopback(ip: str) -> bool:

@@ -16,14 +16,14 @@ from free_ports import free_ports
 from services.config import ConfigError
 from services.jobs import cluster
 from services.jobs.cluster import LocalCluster, Ports, known, up
-from services.ray_access import ON_LOOPBACK
+from services.ray_access import ON_LOOPBACK, TOKEN, TOKEN_PATH
 
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home of its own, without a token."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("XDG_STATE_HOME", cluster.TOKEN, cluster.TOKEN_PATH):
+    for name in ("XDG_STATE_HOME", TOKEN, TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -90,10 +90,10 @@ def test_the_token_is_found_where_ray_looks_and_made_readable_by_its_owner_only(
     assert cluster.token_value() == file.read_text()
     other = home / "other"
     other.write_text("from-file\n")
-    monkeypatch.setenv(cluster.TOKEN_PATH, str(other))
+    monkeypatch.setenv(TOKEN_PATH, str(other))
     assert cluster.token_value() == "from-file"
     assert str(other) in cluster.token_source()
-    monkeypatch.setenv(cluster.TOKEN, "from-variable")
+    monkeypatch.setenv(TOKEN, "from-variable")
     assert cluster.token_value() == "from-variable"
 
 
