@@ -6,6 +6,7 @@ one machine this one is on 127.0.0.1.
 
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
@@ -33,7 +34,10 @@ class _NodeBackend(_TorchBackend):
 
 def _use_own_stores() -> None:
     """In a rank: torch makes the store of `init_process_group` here."""
-    dist.rendezvous._create_c10d_store = _store  # type: ignore[attr-defined]
+    # By name: torch.distributed.rendezvous is a function of that module.
+    rendezvous: Any = import_module("torch.distributed.rendezvous")
+    assert callable(rendezvous._create_c10d_store), "this torch makes its stores elsewhere"
+    rendezvous._create_c10d_store = _store
 
 
 def _store(
