@@ -27,7 +27,7 @@ class NodeTorchConfig(TorchConfig):
 
 
 class _NodeBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_use_own_stores)
         super().on_start(worker_group, backend_config)
 

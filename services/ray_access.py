@@ -8,6 +8,9 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
 
 from services.config import ConfigError
 
@@ -43,7 +46,7 @@ def guard(address: str | None) -> None:
 def reread() -> None:
     """Have Ray look again at what it read of the environment when it was imported."""
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(next(iter(ON_LOOPBACK))) != "0"
     Config.initialize("")
@@ -83,6 +86,13 @@ def token_source() -> str:
 def token_file() -> Path:
     """Where Ray looks for the token, if it is in no variable."""
     return Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
+
+
+def private(url: str) -> bool:
+    """Whether nobody on the way can read what is sent there: https, or this machine."""
+    parts = urlsplit(url)
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return parts.scheme == "https" or parts.hostname in {*LOOPBACK, *own}
 
 
 def host_of(address: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from services import ray_access
 from services.config import ConfigError
-from services.ray_access import MODE, ON_LOOPBACK, TOKEN, TOKEN_PATH, guard, host_of, own_folder
+from services.ray_access import MODE, ON_LOOPBACK, TOKEN, TOKEN_PATH, guard, host_of, own_folder, private
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +92,19 @@ def test_a_folder_that_others_can_enter_holds_no_sessions(monkeypatch):
 )
 def test_hosts(address, host):
     assert host_of(address) == host
+
+
+@pytest.mark.parametrize(
+    ("url", "is_private"),
+    [
+        ("http://127.0.0.1:8265", True),
+        ("http://localhost:8265", True),
+        ("http://[::1]:8265", True),
+        ("https://head.example:8265", True),
+        ("http://head.example:8265", False),
+        ("http://127.0.0.1.head.example:8265", False),
+        ("http://192.0.2.77:8265", False),
+    ],
+)
+def test_a_token_goes_by_https_or_to_this_machine(url, is_private):
+    assert private(url) == is_private
