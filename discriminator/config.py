@@ -9,6 +9,7 @@ from discriminator.health_config import Fraction, HealthConfig
 from discriminator.reward_config import ANCHORED_FORMS, RAW_FORMS, RewardConfig
 from learner.config import LoraConfig, OptimizerConfig
 from rollout.config import Section
+from rollout.credentials import VariableName
 
 Level = Literal["sequence", "token"]
 LossName = Literal["bce", "hinge", "least_squares", "bradley_terry", "wasserstein"]
@@ -91,7 +92,7 @@ class ScoringConfig(Section):
     http_port: PositiveInt = 8000
     """Port that HTTP listens on."""
 
-    http_token: str = "RLGAF_SCORE_TOKEN"
+    http_token: VariableName = "RLGAF_SCORE_TOKEN"
     """Name of the environment variable that holds the bearer token; http without it is an error."""
 
     timeout_s: PositiveFloat = 120.0

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from discriminator.user_function import SPELLING, names_a_function
 from rollout.config import Section
+from rollout.credentials import VariableName
 
 RewardForm = Literal["neg_log_one_minus_d", "prob", "logit", "log_d", "bradley_terry", "relativistic"]
 
@@ -62,7 +63,7 @@ class RewardConfig(Section):
     user_timeout_s: PositiveFloat = 60.0
     """Deadline of one call of the user's reward, for all responses of a step."""
 
-    user_token: str = "RLGAF_REWARD_TOKEN"
+    user_token: VariableName = "RLGAF_REWARD_TOKEN"
     """Name of the environment variable with a bearer token for the URL; not set: none is sent."""
 
     @model_validator(mode="after")

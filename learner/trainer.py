@@ -209,7 +209,9 @@ class TrainerGroup:
 
     def _fit(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from learner.process_group import NodeTorchConfig
 
         for name, value in TRAIN_CONTROLLER.items():
             os.environ.setdefault(name, value)
@@ -223,7 +225,7 @@ class TrainerGroup:
             scaling_config=ScalingConfig(
                 num_workers=self.plan.ranks, use_gpu=self.plan.use_gpu, resources_per_worker=resources
             ),
-            torch_config=TorchConfig(timeout_s=math.ceil(self.plan.step_timeout_s)),
+            torch_config=NodeTorchConfig(timeout_s=math.ceil(self.plan.step_timeout_s)),
             run_config=RunConfig(
                 name=self.role,
                 storage_path=self.plan.storage,

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rollout.credentials import Redacted
+
 _EXAMPLES = 5
 _DEEPEST = 100
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class DataError(ValueError):
+class DataError(Redacted, ValueError):
     """Input that cannot be used. The message names file and row, or the setting, and says what to do."""
 
 

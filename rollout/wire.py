@@ -260,6 +260,20 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
+def listening_store(host: str, timeout: timedelta, port: int = 0) -> dist.TCPStore:
+    """Serve a store at `host`, which must be an address of this machine, and at no other; port 0: a free one.
+
+    The store answers everyone, and torch would listen on all addresses.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as server:
+        port = server.getsockname()[1]
+        descriptor = server.detach()
+    return dist.TCPStore(
+        host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
 class GlooGroup:
     """A gloo group beside torch's default group: rank 0 sends, every operation has a deadline.
 
@@ -282,9 +296,10 @@ class GlooGroup:
     @staticmethod
     def store(host: str, timeout_s: float, port: int = 0) -> dist.TCPStore:
         """Rank 0 (port 0): serve a store on a free port. Other ranks: connect to it."""
-        return dist.TCPStore(
-            host, port, is_master=port == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
-        )
+        timeout = timedelta(seconds=timeout_s)
+        if port == 0:
+            return listening_store(host, timeout)
+        return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
     @staticmethod
     def arrive(store: dist.TCPStore, rank: int) -> bool:

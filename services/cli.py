@@ -126,9 +126,11 @@ def up(
     client_port: Annotated[int, typer.Option(help="Ray client")] = 10001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics")] = 8090,
     host: Annotated[
-        str, typer.Option(help="This machine's address to listen on; one that others reach needs --token")
+        str, typer.Option(help="Address to listen on: 127.0.0.1, or the one that other machines reach")
     ] = "127.0.0.1",
-    token: Annotated[bool, typer.Option(help="Require Ray's token; one is made where there is none")] = False,
+    token: Annotated[
+        bool, typer.Option(help="Require Ray's token, which is made where there is none")
+    ] = True,
     cpus: Annotated[int | None, typer.Option(min=1, help="Logical CPUs to offer (all)")] = None,
     gpus: Annotated[
         int | None, typer.Option(min=0, help="GPUs to offer (all; none with a CPU build of torch)")
@@ -148,6 +150,8 @@ def up(
         token=token,
         stop_wait_s=stop_wait,
     )
+    if not token:
+        typer.echo("warning: without a token every user of this machine can run code as you", err=True)
     for line in started.lines():
         typer.echo(line)
 

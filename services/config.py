@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from discriminator.config import DiscriminatorConfig
 from learner.config import LearnerConfig
 from rollout.config import DataConfig, PolicyConfig, RolloutConfig, SamplingConfig, Section, Seed
+from rollout.credentials import Redacted, fields_with_credentials
 from rollout.printable import one_line
 from services.contradictions import gumbel_problems, length_problems, update_problems
 from services.evaluation.config import EvaluationConfig
@@ -34,7 +35,7 @@ from services.methods import PRESETS, Method, method_problems, with_own, with_pr
 NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class ConfigError(ValueError):
+class ConfigError(Redacted, ValueError):
     """A configuration that cannot run; the message names field, value and remedy, one problem a line."""
 
 
@@ -290,13 +291,27 @@ def given(path: Path | None, overrides: list[str] | None = None) -> dict[str, An
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    tables = raw.pop("method") if isinstance(raw.get("method"), dict) else {}
     said = parse_overrides(overrides or [])
+    refuse_credentials([*fields_with_credentials(raw), *fields_with_credentials(said)])
+    tables = raw.pop("method") if isinstance(raw.get("method"), dict) else {}
     _override(raw, said)
     _refuse_unknown(raw, tables, path)
     raw = with_own(raw, tables)
     _override(raw, said)  # again: it overrides the method's tables too
     return raw
+
+
+def refuse_credentials(fields: list[str]) -> None:
+    """Raise ConfigError where fields hold credentials."""
+    if fields:
+        raise ConfigError(
+            "\n".join(
+                f"{field}: the URL holds credentials, and a configuration is copied to folders and logs; "
+                "leave them out and put them into the environment, as in AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, HF_TOKEN, RAY_AUTH_TOKEN or RLGAF_REWARD_TOKEN"
+                for field in dict.fromkeys(fields)
+            )
+        )
 
 
 def _override(raw: dict[str, Any], said: dict[str, Any]) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from services.jobs.stop_wait import ensure_stop_wait
 from services.plan import local_gpus
+from services.ray_access import guard
 
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     """Connect to the cluster at `address`, or start a local Ray that ends with this block; yields its CPUs
-    and GPUs. A job that is stopped then has time for a checkpoint on any cluster.
+    and GPUs. A job that is stopped then has time for a checkpoint on any cluster. The local one listens on
+    loopback and wants a token that only its own processes have.
     """
     import ray
 
@@ -22,6 +24,7 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if local_gpus() else "cpu")
+    guard(address)
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address:
         ray.init(address=address, **quiet)

@@ -4,6 +4,7 @@ the processes.
 
 import asyncio
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from rollout.credentials import redacted
 from rollout.data import DataSplits
 from rollout.files import write_whole
 from rollout.templates import Renderer
@@ -123,7 +125,7 @@ class RunLife:
             await self.system.abort()
             return FAILED
         except Exception:  # the top of the program: the whole traceback, then an orderly end and exit code 1
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
             steps = self.checkpoints.steps()
             self.console.print(
                 f"the run failed; --resume goes on from step {steps[-1]}"
@@ -306,7 +308,9 @@ class RunLife:
                 await asyncio.wait_for(asyncio.to_thread(self.mirror.push), self.config.run.mirror_timeout_s)
             except OSError as error:  # TimeoutError is one too
                 reason = str(error) or f"not done within {self.config.run.mirror_timeout_s:g} s"
-                self.display.note(f"run.mirror: the copy to {self.config.run.mirror} failed: {reason}")
+                self.display.note(
+                    f"run.mirror: the copy to {self.config.run.mirror} failed: {redacted(reason)}"
+                )
                 return False
         return True
 

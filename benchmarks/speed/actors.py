@@ -16,6 +16,7 @@ from benchmarks.speed.tables import last_token_rewards, request_table, sampling_
 from benchmarks.speed.workload import Workload
 from learner.rank import LearnerRank
 from rollout.worker import RolloutWorker
+from services.ray_access import guard
 
 
 class RayLoop:
@@ -30,7 +31,9 @@ class RayLoop:
         # Ray's workers have low priority by default, which other contenders' processes do not have.
         os.environ.setdefault("RAY_worker_niceness", "0")
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+        guard(None)
         ray.init(
+            address="local",
             num_cpus=2,
             object_store_memory=200_000_000,
             include_dashboard=False,

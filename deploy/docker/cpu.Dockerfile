@@ -10,10 +10,11 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 FROM ${PYTHON_IMAGE} AS packages
 WORKDIR /src
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
-COPY Makefile requirements/cpu.txt ./
+COPY Makefile requirements/torch-cpu.txt requirements/cpu.txt ./
 # The Makefile knows where CPU builds of torch are.
 RUN python -m pip install --no-deps --no-compile --prefix=/install \
-      --extra-index-url "$(sed -n 's/^TORCH_CPU_INDEX := //p' Makefile)" -r cpu.txt
+      --index-url "$(sed -n 's/^TORCH_CPU_INDEX := //p' Makefile)" -r torch-cpu.txt \
+    && python -m pip install --no-deps --no-compile --require-hashes --prefix=/install -r cpu.txt
 
 # rlgaf itself, built with the setuptools of the list.
 FROM packages AS wheel

@@ -11,7 +11,7 @@ FROM ${PYTHON_IMAGE} AS packages
 WORKDIR /src
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 COPY requirements/gpu.txt ./
-RUN python -m pip install --no-deps --no-compile --prefix=/install -r gpu.txt
+RUN python -m pip install --no-deps --no-compile --require-hashes --prefix=/install -r gpu.txt
 
 # rlgaf itself, built with the setuptools of the list.
 FROM packages AS wheel

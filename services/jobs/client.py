@@ -1,8 +1,8 @@
 """Ray's job API as `rlgaf submit` uses it: every request has a deadline and every failure a message.
 
-The token is sent whenever there is one, whatever this machine's RAY_AUTH_MODE says; a cluster without
-authentication ignores it. RAY_ADDRESS and RAY_API_SERVER_ADDRESS of this machine are not read: they would
-override the address that was given.
+The token is sent whenever there is one, whatever this machine's RAY_AUTH_MODE says, by https or to this
+machine only; a cluster without authentication ignores it. RAY_ADDRESS and RAY_API_SERVER_ADDRESS of this
+machine are not read: they would override the address that was given.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from services.config import ConfigError
-from services.jobs.cluster import token_source, token_value
 from services.jobs.working_dir import packed
+from services.ray_access import private, token_source, token_value
 
 CONNECT_S = 15.0
 REQUEST_S = 120.0
@@ -69,15 +69,17 @@ class JobClient:
 
         self.address = address
         token = token_value()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        sent = token and private(address)
+        # Ray adds a token of its own finding where there is no such header.
+        headers = {"Authorization": f"Bearer {token}" if sent else ""} if token else {}
         try:
             self._client = Client(address, headers=headers)
         except AuthenticationError:
-            given = f"and refuses the one in {token_source()}" if token else "and none was found"
-            raise ConfigError(
-                f"{address} asks for a token {given}; put it into the variable RAY_AUTH_TOKEN or the file "
-                "~/.ray/auth_token"
-            ) from None
+            remedy = "put it into the variable RAY_AUTH_TOKEN or the file ~/.ray/auth_token"
+            if token and not sent:
+                remedy = "it is sent by https or to this machine only: use ssh -L or kubectl port-forward"
+            given = f"and refuses the one in {token_source()}" if sent else "and got none"
+            raise ConfigError(f"{address} asks for a token {given}; {remedy}") from None
         except (requests.Timeout, ConnectionError, requests.ConnectionError):
             raise ConfigError(
                 f"{address} does not answer within {CONNECT_S:.0f} s: is the cluster up and is this its "

@@ -5,8 +5,8 @@ cluster with it when it ends; `down` ends exactly that process, so other Ray clu
 alone. What is known about it (process, start time, ports) lies in `folder()/cluster-PORT.json`; it counts as
 running while that very process lives. Two clusters need different ports.
 
-Everything listens on 127.0.0.1 unless another address is named, and that needs a token, because whoever
-reaches Ray's ports may run code.
+Everything listens on 127.0.0.1 unless another address is named, and whoever connects needs a token, because
+Ray runs their code. Without a token a cluster can be had on 127.0.0.1 only.
 """
 
 import contextlib
@@ -31,13 +31,21 @@ from pydantic import TypeAdapter
 from rollout.files import parsed, write_whole
 from services.config import ConfigError
 from services.plan import cpu_torch
+from services.ray_access import (
+    LOOPBACK,
+    MODE,
+    ON_LOOPBACK,
+    own_folder,
+    token_file,
+    token_source,
+    token_value,
+)
 
 LOCAL = "127.0.0.1"
 STOP_WAIT_S = 900
 """Seconds that a stopped job has for its last step and checkpoint before Ray kills it (Ray's default: 3)."""
 UP_DEADLINE_S = 180.0
 DOWN_DEADLINE_S = 60.0
-TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class LocalCluster:
     def lines(self) -> list[str]:
         """Addresses and the next command, for the console."""
         address = f"http://{self.host}:{self.ports.dashboard}"
-        token = "RAY_AUTH_MODE=token " if self.token else ""
+        token = f"{MODE}=token " if self.token else ""
         return [
             f"dashboard    {address}",
             f"jobs         {address}",
@@ -112,7 +120,7 @@ def up(
     gpus: int | None = None,
     object_store_mib: int | None = None,
     host: str = LOCAL,
-    token: bool = False,
+    token: bool = True,
     stop_wait_s: int = STOP_WAIT_S,
 ) -> LocalCluster:
     """Start a cluster and wait until it takes jobs. Numbers left out are Ray's own choice, but no GPUs with
@@ -124,8 +132,8 @@ def up(
     """
     if host == "0.0.0.0":
         raise ConfigError("--host is the address other machines reach this one by, not 0.0.0.0")
-    if host != LOCAL and not token:
-        raise ConfigError(f"--host {host} lets everyone who reaches it run code here; add --token")
+    if host not in LOOPBACK and not token:
+        raise ConfigError(f"--host {host} lets everyone who reaches it run code here; leave out --no-token")
     if (running := known(ports.gcs)) is not None:
         raise ConfigError(
             f"a cluster runs already at {running.host}:{ports.gcs} (process {running.pid}); "
@@ -137,16 +145,16 @@ def up(
                 f"something listens already at {host}:{port}, the port for {name}: another Ray cluster "
                 f"perhaps (`ray status --address {host}:{ports.gcs}`); choose other ports"
             )
-    if token and token_value() is None:
-        _make_token()
-    logs = Path(f"/tmp/rlgaf-{os.getuid()}-{ports.gcs}")  # Ray's socket paths must stay short
+    if token:
+        _keep_token()
+    logs = own_folder() / str(ports.gcs)
     shutil.rmtree(logs, ignore_errors=True)
-    folder().mkdir(parents=True, exist_ok=True)
+    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     log = folder() / f"cluster-{ports.gcs}.log"
     with log.open("w") as out:
         process = subprocess.Popen(
             _start_command(ports, host, logs, cpus=cpus, gpus=gpus, object_store_mib=object_store_mib),
-            env=_environment(token, stop_wait_s),
+            env=_environment(host, token, stop_wait_s),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -177,30 +185,15 @@ def down(port: int) -> bool:
     return True
 
 
-def token_value() -> str | None:
-    """The token Ray would use: RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
-    if text := os.environ.get(TOKEN, "").strip():
-        return text
-    try:
-        return _token_file().read_text().strip() or None
-    except FileNotFoundError:
-        return None
-
-
-def token_source() -> str:
-    """Where `token_value` finds it, for messages."""
-    return f"the variable {TOKEN}" if os.environ.get(TOKEN, "").strip() else f"the file {_token_file()}"
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
-
-
-def _make_token() -> None:
-    file = _token_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        out.write(secrets.token_hex(32))
+def _keep_token() -> None:
+    """Make a token where there is none. Ray's own commands leave its file readable to everyone."""
+    file = token_file()
+    if token_value() is None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            out.write(secrets.token_hex(32))
+    if file.exists() and file.stat().st_uid == os.getuid():
+        file.chmod(0o600)
 
 
 def _start_command(
@@ -229,7 +222,7 @@ def _start_command(
     ]
 
 
-def _environment(token: bool, stop_wait_s: int) -> dict[str, str]:
+def _environment(host: str, token: bool, stop_wait_s: int) -> dict[str, str]:
     """The cluster's environment: its jobs find this interpreter, and more processes than CPUs take turns."""
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     defaults = {"RAY_worker_maximum_startup_concurrency": "32", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5"}
@@ -237,7 +230,8 @@ def _environment(token: bool, stop_wait_s: int) -> dict[str, str]:
         **defaults,
         **own,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", os.defpath)]),
-        "RAY_AUTH_MODE": "token" if token else "disabled",
+        **(ON_LOOPBACK if host in LOOPBACK else {}),
+        MODE: "token" if token else "disabled",
         "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s),
     }
 

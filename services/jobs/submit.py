@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.config import Config, ConfigError, given, load
+from rollout.credentials import fields_with_credentials
+from services.config import Config, ConfigError, given, load, refuse_credentials
 from services.jobs.client import JobClient, JobEnd, LostJob
 from services.jobs.working_dir import carried, check_paths
 
@@ -87,6 +88,7 @@ def prepare(
         supported.
     """
     config = load(file, list(overrides))
+    refuse_credentials(list(fields_with_credentials({"--address": address, "--image": image})))
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"--address {address}: give the dashboard's address, as in http://localhost:8265 "

@@ -16,7 +16,10 @@ CHART = ROOT / "deploy" / "helm" / "rlgaf"
 NAMESPACE = "training"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 OPERATOR_APIS = ("--api-versions", "monitoring.coreos.com/v1")
-SMALLEST = ("--set", 'run.config=[policy]\nmodel = "m"', "--set", "workers.cpu.replicas=1")
+SMALLEST = (
+    *("--set", 'run.config=[policy]\nmodel = "m"', "--set", "workers.cpu.replicas=1"),
+    *("--set", "networkPolicy.operatorNamespace=operators"),
+)
 """Values with which mode RayJob renders."""
 
 Manifest = dict[str, Any]

@@ -79,7 +79,7 @@ VALUES = {
     },
     "job": {"ttlSecondsAfterFinished": 2},
     "stop": {"graceSeconds": 330, "jobWaitSeconds": 300},
-    "secrets": {"huggingFace": {"name": "hub"}},
+    "secrets": {"huggingFace": {"name": "hub"}, "rayToken": {"enabled": False}},  # not played
     "env": [
         {"name": "HF_HUB_OFFLINE", "value": "1"},
         {"name": "OMP_NUM_THREADS", "value": "1"},

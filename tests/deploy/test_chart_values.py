@@ -179,6 +179,13 @@ def test_wrong_values_are_refused(wrong: str, message: str) -> None:
             ],
             "the head would come first and bind the volume to a node of its own choice",
         ),
+        (["networkPolicy.operatorNamespace="], "name the namespace of KubeRay's operator"),
+        (["storage.mirror.url=s3://KEY:SECRET@bucket/runs"], "storage.mirror.url has a URL with credentials"),
+        (["run.overrides={--run.mirror=s3://KEY@bucket}"], "run.overrides has a URL with credentials"),
+        (
+            ['run.config=[run]\nmirror = "https://user:secret@host/runs"'],
+            "run.config has a URL with credentials",
+        ),
         (["workers.cpu.gpuType=A100"], "workers.cpu: gpuType = A100 without gpus"),
         (
             ["autoscaling.enabled=true", "workers.cpu.minReplicas=3", "workers.cpu.maxReplicas=2"],

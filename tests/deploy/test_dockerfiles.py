@@ -32,6 +32,15 @@ def test_packages_come_from_the_pinned_list(kind: str) -> None:
     assert any(step.name == "COPY" and f"requirements/{kind}.txt" in step.text for step in steps(kind))
 
 
+def test_every_package_of_the_list_has_hashes(kind: str) -> None:
+    pins = (ROOT / f"requirements/{kind}.txt").read_text().replace("\\\n", "").splitlines()
+    assert len(pins) > 150
+    assert [pin for pin in pins if not re.match(r"\S+==\S+( +--hash=sha256:[0-9a-f]{64})+$", pin)] == []
+    (install,) = (step.text for step in steps(kind) if f"-r {kind}.txt" in step.text)
+    assert "--require-hashes" in install
+    assert "--require-hashes -r $(LIST)" in (ROOT / "Makefile").read_text()
+
+
 def test_the_final_stage_holds_a_compiler_and_no_build_leftovers(kind: str) -> None:
     assert len(stages(path(kind))) == 3
     (apt,) = (step.text for step in final_stage(kind) if step.name == "RUN" and "apt-get" in step.text)

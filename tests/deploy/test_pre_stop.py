@@ -13,6 +13,8 @@ from chart import ROOT, script
 from free_ports import free_ports
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from services.ray_access import reread
+
 pytestmark = pytest.mark.e2e
 pre_stop = script("pre_stop")
 CLOSING_S = 2.0
@@ -32,13 +34,20 @@ sys.exit(130)
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     gcs, dashboard, client, metrics = free_ports(4)
-    variables = os.environ | {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
+    folder = tmp_path_factory.mktemp("state")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    variables = os.environ | token | {"XDG_STATE_HOME": str(folder)}
     variables.pop("RAY_ADDRESS", None)
     rlgaf = [sys.executable, "-m", "services.cli"]
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--client-port={client}"]
     options = [*ports, f"--metrics-port={metrics}", "--cpus=2", "--object-store-mib=100"]
     subprocess.run([*rlgaf, "up", *options], cwd=ROOT, env=variables, check=True)
-    yield dashboard
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in token.items():  # as KubeRay gives it to a pod
+            patch.setenv(name, value)
+        reread()
+        yield dashboard
+    reread()
     subprocess.run([*rlgaf, "down", f"--port={gcs}"], cwd=ROOT, env=variables, check=True)
 
 

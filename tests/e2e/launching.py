@@ -56,8 +56,10 @@ def launch(
     *,
     resume: bool = False,
     meanwhile: Callable[["subprocess.Popen[str]", Path], None] | None = None,
+    variables: dict[str, str] | None = None,
 ) -> Finished:
-    """Run `rlgaf train configuration` with overrides to its end; `meanwhile(process, folder)` acts on it."""
+    """Run `rlgaf train configuration` with overrides to its end; `meanwhile(process, folder)` acts on it,
+    `variables` are added to its environment."""
     libc = ctypes.CDLL(None, use_errno=True)
     folder = configuration.parent / name
     log = configuration.parent / f"{name}{'-resumed' if resume else ''}.log"
@@ -71,7 +73,7 @@ def launch(
             process = subprocess.Popen(
                 command + ["--resume"] * resume,
                 cwd=ROOT,
-                env=environment(),
+                env=environment() | (variables or {}),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,

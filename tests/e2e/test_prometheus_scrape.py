@@ -71,6 +71,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     ports = Ports(*free_ports(4))
     own = environment() | {
         "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state")),
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path_factory.mktemp("token") / "token"),
+        "RAY_AUTH_MODE": "token",
         "RAY_metrics_report_interval_ms": "1000",
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -58,7 +58,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     rlgaf = [sys.executable, "-m", "services.cli"]
     options = [f"--{name}={port}" for name, port in ports.items()]
     up = subprocess.run(
-        [*rlgaf, "up", *options, "--token", "--cpus=8", "--object-store-mib=200"],
+        [*rlgaf, "up", *options, "--cpus=8", "--object-store-mib=200"],
         cwd=ROOT,
         env=variables,
         capture_output=True,

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -282,3 +283,16 @@ def test_ranks_go_on_together_or_not_at_all(arriving: int) -> None:
     assert complete is (arriving == 3)
     assert heard == [complete] * arriving
     assert time.monotonic() - gone_at < 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_a_store_listens_where_it_is_told_to_and_nowhere_else(host):
+    store = GlooGroup.store(host, 5.0)
+    at_the_port = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == store.port
+    ]
+    assert at_the_port == [host]
+    GlooGroup.store(host, 5.0, store.port).set("key", "value")
+    assert store.get("key") == b"value"

@@ -16,13 +16,14 @@ from free_ports import free_ports
 from services.config import ConfigError
 from services.jobs import cluster
 from services.jobs.cluster import LocalCluster, Ports, known, up
+from services.ray_access import ON_LOOPBACK, TOKEN, TOKEN_PATH
 
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home of its own, without a token."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("XDG_STATE_HOME", cluster.TOKEN, cluster.TOKEN_PATH):
+    for name in ("XDG_STATE_HOME", TOKEN, TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -70,35 +71,41 @@ def test_a_port_where_something_listens_is_named(taken):
     assert not cluster.folder().exists()
 
 
-@pytest.mark.parametrize(("host", "said"), [("10.0.0.7", "--token"), ("0.0.0.0", "not 0.0.0.0")])
+@pytest.mark.parametrize(("host", "said"), [("10.0.0.7", "leave out --no-token"), ("0.0.0.0", "not 0.0.0.0")])
 def test_an_open_address_needs_a_token(host, said):
     with pytest.raises(ConfigError, match=said):
-        up(Ports(), host=host)
+        up(Ports(), host=host, token=False)
 
 
 def test_the_token_is_found_where_ray_looks_and_made_readable_by_its_owner_only(monkeypatch, home):
     assert cluster.token_value() is None
-    cluster._make_token()
+    cluster._keep_token()
     file = home / ".ray" / "auth_token"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert cluster.token_value() == file.read_text()
     assert len(file.read_text()) == 64
+    file.chmod(0o644)  # as Ray's own command leaves it
+    cluster._keep_token()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert cluster.token_value() == file.read_text()
     other = home / "other"
     other.write_text("from-file\n")
-    monkeypatch.setenv(cluster.TOKEN_PATH, str(other))
+    monkeypatch.setenv(TOKEN_PATH, str(other))
     assert cluster.token_value() == "from-file"
     assert str(other) in cluster.token_source()
-    monkeypatch.setenv(cluster.TOKEN, "from-variable")
+    monkeypatch.setenv(TOKEN, "from-variable")
     assert cluster.token_value() == "from-variable"
 
 
 def test_the_clusters_environment(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
-    made = cluster._environment(True, 77)
+    made = cluster._environment("127.0.0.1", True, 77)
     assert "RAY_ADDRESS" not in made
     assert made["RAY_JOB_STOP_WAIT_TIME_S"] == "77"
     assert made["RAY_AUTH_MODE"] == "token"
-    assert cluster._environment(False, 77)["RAY_AUTH_MODE"] == "disabled"
+    assert made.items() >= ON_LOOPBACK.items()
+    assert not cluster._environment("10.0.0.7", True, 77).items() & ON_LOOPBACK.items()
+    assert cluster._environment("127.0.0.1", False, 77)["RAY_AUTH_MODE"] == "disabled"
     assert made["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 

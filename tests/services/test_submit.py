@@ -226,6 +226,16 @@ def test_what_is_not_a_willing_dashboard_is_named(dashboard, said, monkeypatch, 
         JobClient(dashboard)
 
 
+@pytest.mark.parametrize("dashboard", [401], indirect=True)
+def test_a_token_does_not_go_where_others_can_read_it(dashboard, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    with pytest.raises(ConfigError, match="refuses the one in the variable RAY_AUTH_TOKEN"):
+        JobClient(dashboard)
+    monkeypatch.setattr("services.jobs.client.private", lambda _: False)
+    with pytest.raises(ConfigError, match="and got none; it is sent by https or to this machine only"):
+        JobClient(dashboard)
+
+
 def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

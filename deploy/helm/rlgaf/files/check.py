@@ -5,6 +5,7 @@ check.py [CONFIG.toml OVERRIDES.json] [--url URL]
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         toml, overrides = arguments.run
+        os.environ.setdefault("RLGAF_SCORE_TOKEN", "the head has it")  # this pod serves nothing
         try:
             config = load(toml, json.loads(overrides.read_text()))
         except ConfigError as error:

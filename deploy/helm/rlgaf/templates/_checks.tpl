@@ -7,6 +7,14 @@
 {{- if and $v.run.config $v.run.existingConfigMap -}}
 {{- fail "run.config and run.existingConfigMap are both set: keep one" -}}
 {{- end -}}
+{{- if and $v.networkPolicy.enabled (not $v.networkPolicy.operatorNamespace) -}}
+{{- fail "networkPolicy.operatorNamespace is empty: name the namespace of KubeRay's operator, which alone may ask the pods how they are (kubectl get pods -A -l app.kubernetes.io/name=kuberay-operator)" -}}
+{{- end -}}
+{{- range $name, $text := dict "storage.mirror.url" $v.storage.mirror.url "run.config" $v.run.config "run.overrides" (toJson $v.run.overrides) -}}
+{{- if regexMatch "://[^/?#\\s\"'@]*@" $text -}}
+{{- fail (printf "%s has a URL with credentials, and everyone who may read the release's ConfigMaps would read them: put them into a Secret and name it in secrets" $name) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq $v.mode "RayService") (not $v.service.args.run) -}}
 {{- fail "mode RayService needs service.args.run: the folder of the finished run whose discriminator to serve, as in /runs/NAME" -}}
 {{- end -}}

@@ -15,8 +15,10 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* Environment of every container with rlgaf in it. HOME is writable, so caches that live below it are too. */}}
+{{/* Environment of a container with rlgaf in it: rlgaf.env (dict "root" . "secrets" (list "huggingFace")). HOME is writable, so caches that live
+below it are too. */}}
 {{- define "rlgaf.env" -}}
+{{- $v := .root.Values -}}
 - name: HOME
   value: /home/rlgaf
 - name: USER
@@ -32,36 +34,50 @@ capabilities:
 - name: VLLM_CACHE_ROOT
   value: /home/rlgaf/.cache/vllm
 - name: RAY_JOB_STOP_WAIT_TIME_S
-  value: {{ .Values.stop.jobWaitSeconds | quote }}
-{{- if .Values.autoscaling.enabled }}
+  value: {{ $v.stop.jobWaitSeconds | quote }}
+{{- if $v.autoscaling.enabled }}
 - name: RLGAF_AUTOSCALED
-  value: {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}
+  value: {{ include "rlgaf.total" (dict "root" $.root "field" "gpus") }} {{ include "rlgaf.total" (dict "root" $.root "field" "cpus") }} {{ $v.autoscaling.startTimeoutSeconds }}
 {{- end }}
-{{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) (list "WANDB_API_KEY" .Values.secrets.wandb) }}
-{{- $secret := index . 1 }}
-{{- if $secret.name }}
-- name: {{ index . 0 }}
+{{- range $name := .secrets }}
+{{- with (index $v.secrets $name).name }}
+{{- range $variable, $key := include "rlgaf.secretVariables" (dict "root" $.root "name" $name) | fromYaml }}
+- name: {{ $variable }}
   valueFrom:
     secretKeyRef:
-      name: {{ $secret.name }}
-      key: {{ $secret.key }}
-      {{- if eq (index . 0) "HF_TOKEN" }}
+      name: {{ index $v.secrets $name "name" }}
+      key: {{ $key }}
+      {{- if eq $name "huggingFace" }}
       optional: true  # open models need none
       {{- end }}
 {{- end }}
 {{- end }}
-{{- with .Values.secrets.objectStore.name }}
-{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
-- name: {{ . }}
-  valueFrom:
-    secretKeyRef:
-      name: {{ $.Values.secrets.objectStore.name }}
-      key: {{ . }}
 {{- end }}
-{{- end }}
-{{- with .Values.env }}
+{{- with $v.env }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* Variables of one of the secrets, and their keys in it. */}}
+{{- define "rlgaf.secretVariables" -}}
+{{- if eq .name "objectStore" -}}
+AWS_ACCESS_KEY_ID: AWS_ACCESS_KEY_ID
+AWS_SECRET_ACCESS_KEY: AWS_SECRET_ACCESS_KEY
+{{- else -}}
+{{ get (dict "huggingFace" "HF_TOKEN" "scoring" "RLGAF_SCORE_TOKEN" "reward" "RLGAF_REWARD_TOKEN" "wandb" "WANDB_API_KEY") .name }}: {{ (index .root.Values.secrets .name).key }}
+{{- end -}}
+{{- end -}}
+
+{{/* Secrets of a role's Ray container. Every process with a model asks the hub; the rest is the driver's, which is on the head. A RayService has no
+driver, and its application is built on any node. */}}
+{{- define "rlgaf.secretsOf" -}}
+{{- $names := list "huggingFace" -}}
+{{- if eq .root.Values.mode "RayService" -}}
+{{- $names = append $names "scoring" -}}
+{{- else if eq .role "head" -}}
+{{- $names = concat $names (list "scoring" "reward" "wandb" "objectStore") -}}
+{{- end -}}
+{{- toYaml $names -}}
 {{- end -}}
 
 {{- define "rlgaf.mounts" -}}
@@ -147,7 +163,7 @@ capabilities:
 {{- $root := .root -}}{{- $v := .root.Values -}}
 {{- $steps := list -}}
 {{- if and $v.data.prepare (eq .role "head") -}}
-{{- $steps = append $steps (dict "name" "prepare-data" "command" $v.data.prepare) -}}
+{{- $steps = append $steps (dict "name" "prepare-data" "command" $v.data.prepare "secrets" (list "huggingFace" "objectStore")) -}}
 {{- end -}}
 {{- if $v.data.waitFor -}}
 {{- $steps = append $steps (dict "name" "wait-for-data" "command" (concat (list "sh" "/etc/rlgaf/scripts/wait_for_data.sh" (toString $v.data.waitTimeoutSeconds)) $v.data.waitFor)) -}}
@@ -169,7 +185,7 @@ capabilities:
   securityContext:
     {{- include "rlgaf.containerSecurity" $root | nindent 4 }}
   env:
-    {{- include "rlgaf.env" $root | nindent 4 }}
+    {{- include "rlgaf.env" (dict "root" $root "secrets" .secrets) | nindent 4 }}
   volumeMounts:
     {{- include "rlgaf.mounts" $root | nindent 4 }}
 {{- end }}
@@ -261,7 +277,7 @@ spec:
       imagePullPolicy: {{ $v.image.pullPolicy }}
       workingDir: /runs
       env:
-        {{- include "rlgaf.env" $root | nindent 8 }}
+        {{- include "rlgaf.env" (dict "root" $root "secrets" (include "rlgaf.secretsOf" . | fromYamlArray)) | nindent 8 }}
       ports:
         - name: metrics
           containerPort: 8080
