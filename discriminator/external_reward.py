@@ -136,7 +136,8 @@ def _check_url(url: str, token: str, variable: str) -> None:
         raise UserRewardError(f"user_reward has credentials in its URL; put a token into {variable} instead")
     if token and parts.scheme == "http" and not _loopback(parts.hostname or ""):
         raise UserRewardError(
-            f"user_reward {url} would get the token of {variable} in plain text; use https, or unset the variable"
+            f"user_reward {url} would get the token of {variable} in plain text; "
+            "use https, or unset the variable"
         )
 
 
