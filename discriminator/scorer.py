@@ -3,8 +3,7 @@
 Protocol: `ensure(version, fetch)` makes a version present, and `score(version, ...)` answers with that
 version or not at all. Two versions are held, so requests that name the previous one are still served while
 the next one arrives. The weights are checked against their checksum before they are used. A response's scores
-do not depend on what else is scored with it. Texts are encoded beside a forward pass, which has the modules to
-itself.
+do not depend on what else is scored with it. Texts are encoded beside the forward pass of others.
 """
 
 import threading

@@ -3,7 +3,9 @@ generate, score, learn, sync, discriminate. Failures: see `services.policy_side`
 """
 
 import asyncio
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rollout.templates import Renderer
 from services.budget import response_tokens
 from services.config import Config
 from services.demonstrations import Demonstrations
+from services.endpoint import open_door
 from services.plan import ResourcePlan
 from services.policy_side import PolicySide, up
 from services.reward_inputs import RewardInputs
@@ -32,6 +35,8 @@ from services.scoring import deploy
 from services.waiting import within
 
 BUFFER_S = 120.0
+REQUESTS_PER_REPLICA = 2
+"""Scoring requests sent at once, for each replica: while one is in the forward pass another is encoded."""
 
 
 class System(PolicySide):
@@ -49,8 +54,14 @@ class System(PolicySide):
     ) -> None:
         super().__init__(config, plan, splits, renderer, start)
         self.disc_version = 0
-        self.app = f"rlgaf-{config.run.name}"
+        # Of the cluster's names only this one is the run's own choice; another run may have the same name.
+        self.app = f"rlgaf-{config.run.name}-{uuid.uuid4().hex[:12]}"
         self.scorer: Any = None
+        self.door: Any = None
+        self.deployed = False
+        """Whether the service may be there; it can be before there is a `scorer`."""
+        # A request's deadline counts from its sending, so no more are sent than a replica soon begins.
+        self._in_flight = asyncio.Semaphore(REQUESTS_PER_REPLICA * self._scoring.replicas)
         self.prompts = PromptSource(
             splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
         )
@@ -79,7 +90,9 @@ class System(PolicySide):
             self._group_plan("discriminator"),
         )
         self._groups.append(self.discriminator)
-        deployed = within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy))
+        deployed = within(
+            config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy, say)
+        )
         *_, self.scorer = await asyncio.gather(
             *policy, up(say, "discriminator", self.discriminator.start()), up(say, "scoring", deployed)
         )
@@ -120,10 +133,11 @@ class System(PolicySide):
         settings = self.config.discriminator.scoring
         return settings.model_copy(update={"max_batch_groups": 1}) if self.config.run.exact else settings
 
-    def _deploy(self) -> Any:
+    def _deploy(self, say: Callable[[str], None]) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
         config = settings["config"].model_copy(update={"scoring": self._scoring})
-        return deploy(
+        self.deployed = True
+        handle = deploy(
             self.app,
             config,
             settings["model"],
@@ -132,21 +146,30 @@ class System(PolicySide):
             threads=role.threads,
             use_gpu=role.gpus > 0,
         )
+        if config.scoring.http:
+            self.door, url = open_door(handle, config.scoring)
+            say(f"scoring endpoint: {url}")
+        return handle
 
     async def stop(self) -> None:
         """End what has an orderly end; the rest goes with the Ray job."""
-        from ray import serve
-
         await super().stop()
-        await asyncio.to_thread(serve.delete, self.app)
+        await asyncio.to_thread(self._end_scoring)
 
     async def abort(self) -> None:
         """End everything after a failure, whatever state it is in."""
-        from ray import serve
-
         await super().abort()
-        if self.scorer is not None:
-            await asyncio.to_thread(serve.delete, self.app)
+        await asyncio.to_thread(self._end_scoring)
+
+    def _end_scoring(self) -> None:
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        if self.door is not None:
+            ray.kill(self.door)
+        if self.deployed:
+            with suppress(RayServeException):  # Serve itself did not start
+                serve.delete(self.app)
 
     # The controller's words
 
@@ -163,8 +186,9 @@ class System(PolicySide):
 
         async def one(share: list[list[int]]) -> tuple[list[list[dict[str, Any]]], float]:
             asked = [(prompts[rows[0]], [(texts[i], complete[i]) for i in rows]) for rows in share]
-            call = self.scorer.measured_score.remote(version, asked)
-            return await within(settings.timeout_s, f"scoring {len(share)} groups", call)
+            async with self._in_flight:
+                call = self.scorer.measured_score.remote(version, asked)
+                return await within(settings.timeout_s, f"scoring {len(share)} groups", call)
 
         answers = await asyncio.gather(*(one(share) for share in shares))
         if answers:
