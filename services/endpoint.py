@@ -3,7 +3,7 @@
 Invariant: nothing of a request is read before its bearer token is known to be right, and what is read, waits
 or is scored has a bound in bytes, number and time. Whatever comes, the answer is JSON: 200, a 4xx that says
 what is wrong with the request, or 503 with `Retry-After`. A replica answers the run's own requests first
-(`services.scoring`), and never has more than one request from here for each of its kind.
+(`services.scoring`), and then one part of a request from here at a time.
 
 A run in training opens its own port, in a process of its own that yields the processor to the others. A
 finished run's discriminator is served through Ray Serve's proxies (`services.serving`), which hold whole
@@ -12,6 +12,7 @@ bodies before a replica sees a header; `proxy_middleware` puts the same limits i
 
 import asyncio
 import hmac
+import logging
 import os
 import socket
 import time
@@ -45,6 +46,8 @@ ANSWER_S = 30.0
 """Within which an admitted request is answered or refused."""
 OPEN_REQUESTS = 64
 """Requests with the right token that are read, wait or are scored."""
+REPLICA_REQUESTS = 8
+"""Of these, the requests at each replica, which works on their parts in turn."""
 CONNECTIONS = 512
 """Connections of an endpoint with a port of its own."""
 WITHOUT_TOKEN = ("/v1/health", "/-/healthz", "/-/routes")
@@ -77,10 +80,10 @@ class Guard:
 
     Args:
         app: what gets requests that passed, each with its whole body.
-        token: bearer token that each must bring; none makes every request fail.
+        token: bearer token that each must bring; None where `app` asks for it.
     """
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
         self.app = app
         self.token = token
         self.open = 0
@@ -102,7 +105,7 @@ class Guard:
 
     def _refused(self, headers: Headers) -> Response | None:
         given = headers.get("authorization", "").encode("latin-1")
-        if not self.token or not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+        if self.token is not None and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
             return refusal(401, "missing or wrong bearer token")
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
@@ -157,7 +160,7 @@ class Endpoint:
 
     def __init__(self, scoring: Any, replicas: int) -> None:
         self.scoring = scoring
-        self._places = asyncio.Semaphore(replicas)
+        self._places = asyncio.Semaphore(REPLICA_REQUESTS * replicas)
         self._asking = asyncio.Lock()
         self._newest = (-1.0, 0)
 
@@ -211,9 +214,15 @@ async def _problem(request: Request, error: Exception) -> Response:
 
 
 def endpoint_app(scoring: Any, replicas: int, token: str) -> ASGIApp:
-    """The ASGI application in front of a handle to `replicas` scoring replicas."""
+    """The ASGI application in front of a handle to `replicas` scoring replicas.
+
+    Raises:
+        ValueError: an empty token, which anybody could bring.
+    """
+    if not token:
+        raise ValueError("the scoring endpoint needs a bearer token")
     endpoint = Endpoint(scoring, replicas)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/score", endpoint.score, methods=["POST"]),
             Route("/v1/health", endpoint.health, methods=["GET"]),
@@ -221,11 +230,14 @@ def endpoint_app(scoring: Any, replicas: int, token: str) -> ASGIApp:
         middleware=[Middleware(Guard, token=token)],
         exception_handlers={HTTPException: _problem, Exception: _problem},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def proxy_middleware() -> list[Middleware]:
-    """The limits inside of Ray Serve's proxies: `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names this."""
-    return [Middleware(Guard, token=os.environ.get(ScoringConfig().http_token, ""))]
+    """The limits inside of Ray Serve's proxies: `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names this. A
+    proxy whose environment has no token leaves that to the endpoint behind it."""
+    return [Middleware(Guard, token=os.environ.get(ScoringConfig().http_token) or None)]
 
 
 _FULL = (
@@ -275,6 +287,7 @@ class Door:
             RuntimeError: nobody can listen there.
         """
         os.nice(10)  # of this thread: the run's processes come first where they share processors
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

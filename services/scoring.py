@@ -36,6 +36,8 @@ Request = tuple[int, list[list[Encoded]]]
 Answer = list[list[dict[str, Any]]]
 """Scores and spans of a request's responses, group by group."""
 
+DEPLOYMENT = "scoring"
+"""Name of the replicas' deployment within its application."""
 PART_CHARACTERS = 4096
 """Characters of responses from outside that are scored without a look whether the run waits."""
 
@@ -125,7 +127,7 @@ def parts_of(texts: list[tuple[str, bool]], characters: int) -> Iterator[list[tu
     yield part
 
 
-@serve.deployment(name="scoring")
+@serve.deployment(name=DEPLOYMENT)
 class ScoringReplica:
     """One scoring replica."""
 

@@ -19,7 +19,7 @@ from discriminator.exported import exported_state, read_exported
 from discriminator.versions import UnknownVersion
 from services.config import ConfigError
 from services.endpoint import OPEN_REQUESTS, endpoint_app
-from services.scoring import ScoringReplica, scoring_app
+from services.scoring import DEPLOYMENT, scoring_app
 
 
 class Arguments(BaseModel):
@@ -90,13 +90,10 @@ def app(args: Arguments) -> serve.Application:
     )
 
     def build() -> ASGIApp:
-        handle = serve.get_deployment_handle(ScoringReplica.name, serve.get_replica_context().app_name)
+        handle = serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
         return endpoint_app(handle, scoring.replicas, token)
 
     front = serve.deployment(
-        serve.ingress(build)(),
-        name="endpoint",
-        max_ongoing_requests=4 * OPEN_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        name="endpoint", max_ongoing_requests=4 * OPEN_REQUESTS, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(replicas)
+    return front(serve.ingress(build)()).bind(replicas)

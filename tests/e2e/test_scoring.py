@@ -197,6 +197,8 @@ def test_a_finished_runs_discriminator_is_served_by_itself(served: Any) -> None:
     assert answer["disc_version"] == 4
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-4)
     assert post(url, {**body, "disc_version": 3}, TOKEN)[0] == 404
+    large = {**body, "prompt": "x" * 2**20}
+    assert post(url, large, "wrong")[0] == 413, "the proxy, which has no token here, refuses it unread"
 
 
 def test_serving_says_what_is_missing(tmp_path: Path, tiny_model: Path, monkeypatch: Any) -> None:
