@@ -35,7 +35,9 @@ async def client(port: int, body: bytes, deadline: float, statuses: Counter[byte
 
 async def crowd(port: int, seconds: float) -> None:
     """256 clients: most ask for little, eight for as much as a body may hold."""
-    small = json.dumps({"prompt": "say cat: ", "responses": ["the cat sat on the mat"] * 8}).encode()
+    small = json.dumps(
+        {"prompt": "say cat: ", "responses": ["the cat sat on the mat and the dog lay"] * 32}
+    ).encode()
     large = json.dumps({"prompt": "say cat: " * 50_000, "responses": ["sea shells " * 200] * 200}).encode()
     statuses: Counter[bytes] = Counter()
     print("asking", flush=True)

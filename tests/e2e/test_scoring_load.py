@@ -26,11 +26,11 @@ OWN = [
 ]
 
 
-def own_seconds(handle: Any, repeats: int) -> list[float]:
-    """How long the run's own requests take."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.monotonic()
+def own_seconds(handle: Any, duration: float) -> list[float]:
+    """How long each of the run's own requests takes."""
+    seconds: list[float] = []
+    end = time.monotonic() + duration
+    while (began := time.monotonic()) < end:
         handle.measured_score.remote(0, OWN).result(timeout_s=300)
         seconds.append(time.monotonic() - began)
         time.sleep(0.1)
@@ -50,8 +50,8 @@ def test_the_runs_scoring_takes_less_than_twice_its_time_beside_256_clients(
     handle = deploy("scoring-load", config, str(tiny_model), "float32", store, threads=1, use_gpu=False)
     door, url = open_door(handle, scoring)
     port = url.split(":")[2].split("/")[0]
-    own_seconds(handle, 5)
-    alone = own_seconds(handle, 40)
+    own_seconds(handle, 2)
+    alone = own_seconds(handle, 15)
     clients = subprocess.Popen(
         ["nice", "-n", "15", sys.executable, many_clients.__file__, port, "30"],
         stdout=subprocess.PIPE,
@@ -60,11 +60,11 @@ def test_the_runs_scoring_takes_less_than_twice_its_time_beside_256_clients(
     assert clients.stdout is not None
     assert clients.stdout.readline() == "asking\n"
     time.sleep(3)
-    beside = own_seconds(handle, 40)
+    beside = own_seconds(handle, 20)
     answered = json.loads(clients.communicate(timeout=200)[0].splitlines()[-1])
     ray.kill(door)
-    ratio = statistics.median(beside) / statistics.median(alone)
-    print(f"alone {statistics.median(alone):.4f} s, beside {statistics.median(beside):.4f} s: {ratio:.2f}")
+    ratio = statistics.mean(beside) / statistics.mean(alone)
+    print(f"alone {statistics.mean(alone):.4f} s, beside {statistics.mean(beside):.4f} s: {ratio:.2f}")
     print(f"worst {max(alone):.4f} and {max(beside):.4f} s; {answered}")
     assert answered["200"] > 0
     assert set(answered) <= {"200", "503"}
