@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError
 from ray.serve.handle import DeploymentHandle
 
 from discriminator.canonical import Encoded
@@ -76,7 +76,7 @@ class PublishedVersions:
         """See `Versions`. The application of a run that was killed ends itself: no other knows its name."""
         try:
             await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
-        except RayActorError:
+        except ActorDiedError:
             await asyncio.to_thread(serve.delete, serve.get_replica_context().app_name, _blocking=False)
             raise
 

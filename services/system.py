@@ -5,7 +5,6 @@ generate, score, learn, sync, discriminate. Failures: see `services.policy_side`
 import asyncio
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from services.scoring import deploy
 from services.waiting import within
 
 BUFFER_S = 120.0
+
 REQUESTS_PER_REPLICA = 2
 """Scoring requests sent at once, for each replica: while one is in the forward pass another is encoded."""
 
@@ -54,12 +54,11 @@ class System(PolicySide):
     ) -> None:
         super().__init__(config, plan, splits, renderer, start)
         self.disc_version = 0
-        # Of the cluster's names only this one is the run's own choice; another run may have the same name.
+        # The only name that a run leaves on a cluster, where another may have the same `run.name`.
         self.app = f"rlgaf-{config.run.name}-{uuid.uuid4().hex[:12]}"
         self.scorer: Any = None
-        self.door: Any = None
-        self.deployed = False
-        """Whether the service may be there; it can be before there is a `scorer`."""
+        self.door: tuple[Any, str] | None = None
+        """The process that listens for requests from outside, which ends with this one, and its URL."""
         # A request's deadline counts from its sending, so no more are sent than a replica soon begins.
         self._in_flight = asyncio.Semaphore(REQUESTS_PER_REPLICA * self._scoring.replicas)
         self.prompts = PromptSource(
@@ -90,13 +89,13 @@ class System(PolicySide):
             self._group_plan("discriminator"),
         )
         self._groups.append(self.discriminator)
-        deployed = within(
-            config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy, say)
-        )
+        deployed = within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy))
         *_, self.scorer = await asyncio.gather(
             *policy, up(say, "discriminator", self.discriminator.start()), up(say, "scoring", deployed)
         )
         await self._connect()
+        if self.door is not None:
+            say(f"scoring endpoint: {self.door[1]}")
 
     def _learner_config(self) -> dict[str, Any]:
         gumbel = self.config.learner.gumbel
@@ -133,10 +132,9 @@ class System(PolicySide):
         settings = self.config.discriminator.scoring
         return settings.model_copy(update={"max_batch_groups": 1}) if self.config.run.exact else settings
 
-    def _deploy(self, say: Callable[[str], None]) -> Any:
+    def _deploy(self) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
         config = settings["config"].model_copy(update={"scoring": self._scoring})
-        self.deployed = True
         handle = deploy(
             self.app,
             config,
@@ -147,29 +145,23 @@ class System(PolicySide):
             use_gpu=role.gpus > 0,
         )
         if config.scoring.http:
-            self.door, url = open_door(handle, config.scoring)
-            say(f"scoring endpoint: {url}")
+            self.door = open_door(handle, config.scoring)
         return handle
 
     async def stop(self) -> None:
         """End what has an orderly end; the rest goes with the Ray job."""
+        from ray import serve
+
         await super().stop()
-        await asyncio.to_thread(self._end_scoring)
+        await asyncio.to_thread(serve.delete, self.app)
 
     async def abort(self) -> None:
         """End everything after a failure, whatever state it is in."""
-        await super().abort()
-        await asyncio.to_thread(self._end_scoring)
-
-    def _end_scoring(self) -> None:
         from ray import serve
-        from ray.serve.exceptions import RayServeException
 
-        if self.door is not None:
-            ray.kill(self.door)
-        if self.deployed:
-            with suppress(RayServeException):  # Serve itself did not start
-                serve.delete(self.app)
+        await super().abort()
+        if self.scorer is not None:
+            await asyncio.to_thread(serve.delete, self.app)
 
     # The controller's words
 

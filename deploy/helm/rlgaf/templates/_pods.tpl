@@ -23,6 +23,10 @@ capabilities:
   value: rlgaf
 - name: HF_HOME
   value: /cache/huggingface
+{{- if eq (default $ .root).Values.mode "RayService" }}
+- name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+  value: services.endpoint:proxy_middleware
+{{- end }}
 - name: TORCHINDUCTOR_CACHE_DIR
   value: /home/rlgaf/.cache/torchinductor
 - name: TORCH_EXTENSIONS_DIR
@@ -36,10 +40,6 @@ capabilities:
 {{- if .Values.autoscaling.enabled }}
 - name: RLGAF_AUTOSCALED
   value: {{ include "rlgaf.total" (dict "root" . "field" "gpus") }} {{ include "rlgaf.total" (dict "root" . "field" "cpus") }} {{ .Values.autoscaling.startTimeoutSeconds }}
-{{- end }}
-{{- if eq .Values.mode "RayService" }}
-- name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
-  value: services.endpoint:proxy_middleware
 {{- end }}
 {{- range list (list "HF_TOKEN" .Values.secrets.huggingFace) (list "RLGAF_SCORE_TOKEN" .Values.secrets.scoring) (list "RLGAF_REWARD_TOKEN" .Values.secrets.reward) (list "WANDB_API_KEY" .Values.secrets.wandb) }}
 {{- $secret := index . 1 }}
