@@ -4,7 +4,8 @@ Invariant: the token ids are a function of (prompt text, response text, complete
 identical text gives identical ids whichever side it comes from. A response is normalised (Unicode,
 whitespace), encoded apart from its prompt with the discriminator's own tokenizer, cut at one limit for both
 sides, and ends with EOS exactly when it is complete: a rollout that stopped by itself, a demonstration that
-was not cut.
+was not cut. Text that no token within the limit can reach is cut off before it is read, so that an encoding's
+time and memory have a bound. Several threads may encode at once.
 
 Each canonical token remembers the characters it covers in the *raw* response text; `spread_to_sampled`
 carries per-token numbers from there to the tokens that were sampled.
@@ -12,9 +13,10 @@ carries per-token numbers from there to the tokens that were sampled.
 
 import bisect
 import re
+import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +35,9 @@ JUDGED_COLUMNS = ("prompt_id", "prompt_text", "response_text", "finish_reason")
 """What the discriminator reads of a rollout or a prepared demonstration; both tables have these columns."""
 
 MEMORY_TOKENS = 2**18
-"""Tokens of responses (and as many of prompts) whose encoding is remembered; about 30 MB each."""
+"""Tokens of responses (and as many of prompts) whose encoding is remembered; about 30 MB each. A token counts
+for `MEMORY_CHARACTERS` at the least."""
+MEMORY_CHARACTERS = 16
 
 _BLANKS = re.compile(r"[^\S\n]+")
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -73,7 +77,7 @@ class _Spelling(NamedTuple):
 
 
 class _Memory:
-    """Spellings by key, `room` tokens of them: the least recently used ones make place.
+    """Spellings of texts (complete or cut), `room` tokens of them: the least recently used ones make place.
 
     A step's rollouts are read by its evaluation, by each of its updates and by the scorer, and held-out
     demonstrations at every step; without a memory a small discriminator spends most of its time here.
@@ -81,20 +85,26 @@ class _Memory:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self._held: OrderedDict[Hashable, _Spelling] = OrderedDict()
+        self._held: OrderedDict[tuple[str, bool], _Spelling] = OrderedDict()
         self._tokens = 0
 
-    def get(self, key: Hashable, make: Callable[[], _Spelling]) -> _Spelling:
-        """The spelling of a key, made where it is not held. It is shared and must not be changed."""
+    def get(self, text: str, complete: bool, make: Callable[[], _Spelling]) -> _Spelling:
+        """The spelling of a text, made where it is not held. It is shared and must not be changed."""
+        key = text, complete
         known = self._held.get(key)
         if known is not None:
             self._held.move_to_end(key)
             return known
         made = self._held[key] = make()
-        self._tokens += len(made.ids)
+        self._tokens += _weight(text, made)
         while self._tokens > self.room:
-            self._tokens -= len(self._held.popitem(last=False)[1].ids)
+            (oldest, _), spelling = self._held.popitem(last=False)
+            self._tokens -= _weight(oldest, spelling)
         return made
+
+
+def _weight(text: str, spelling: _Spelling) -> int:
+    return max(len(spelling.ids), len(text) // MEMORY_CHARACTERS)
 
 
 def normalise(raw: str, config: CanonicalConfig, *, complete: bool = True) -> NormalText:
@@ -220,23 +230,31 @@ class Canonicaliser:
             )
         self._suffix = [int(tokenizer.sep_token_id)] if encoder and tokenizer.sep_token_id is not None else []
         self._prefix = self._start_tokens()
+        longest = max(map(len, tokenizer.get_vocab()))
+        self._response_room = (self.max_response + 1) * longest
+        self._prompt_room = (self.max_prompt + 1) * longest
         self._responses = _Memory(MEMORY_TOKENS)
         self._prompts = _Memory(MEMORY_TOKENS)
+        # A tokenizer's settings change with each call: prompts read special tokens, responses do not.
+        self._lock = threading.Lock()
 
     def encode(self, prompt_text: str, response_text: str, *, complete: bool) -> Encoded:
         """Canonical ids and spans. `complete` False: the response was cut, and gets no EOS.
 
         A response without any text is judged as the empty response: it consists of EOS alone, cut or not.
         """
-        ids, spans, whole = self._responses.get(
-            (response_text, complete), lambda: self._spell(response_text, complete)
-        )
+        text = response_text[: self._response_room]
+        complete = complete and len(text) == len(response_text)
+        with self._lock:
+            ids, spans, whole = self._responses.get(text, complete, lambda: self._spell(text, complete))
         return Encoded(self.encode_prompt(prompt_text), ids, spans, whole)
 
     def encode_prompt(self, prompt_text: str) -> list[int]:
         """Ids of a rendered prompt, special tokens in its text included; the last ones when it is too
         long."""
-        return self._prompts.get(prompt_text, lambda: self._spell_prompt(prompt_text)).ids
+        text = prompt_text[-self._prompt_room :]
+        with self._lock:
+            return self._prompts.get(text, True, lambda: self._spell_prompt(text)).ids
 
     def encode_table(self, table: pa.Table) -> list[Encoded]:
         """One `Encoded` per row of a table with `JUDGED_COLUMNS`."""

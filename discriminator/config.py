@@ -84,19 +84,19 @@ class ScoringConfig(Section):
     """Packed tokens in one forward pass."""
 
     http: bool = False
-    """Serve `POST /v1/score` too."""
+    """Serve `POST /v1/score` too, in a process of the head node."""
 
     http_host: str = "127.0.0.1"
     """Address that HTTP listens on."""
 
-    http_port: PositiveInt = 8000
-    """Port that HTTP listens on."""
+    http_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port that HTTP listens on (0: a free one, which the console names)."""
 
     http_token: VariableName = "RLGAF_SCORE_TOKEN"
     """Name of the environment variable that holds the bearer token; http without it is an error."""
 
     timeout_s: PositiveFloat = 120.0
-    """Deadline of one scoring request."""
+    """Deadline of one scoring request of up to `max_batch_groups` groups."""
 
 
 class DiscriminatorConfig(OptimizerConfig):

@@ -3,7 +3,7 @@
 Protocol: `ensure(version, fetch)` makes a version present, and `score(version, ...)` answers with that
 version or not at all. Two versions are held, so requests that name the previous one are still served while
 the next one arrives. The weights are checked against their checksum before they are used. A response's scores
-do not depend on what else is scored with it.
+do not depend on what else is scored with it. Texts are encoded beside the forward pass of others.
 """
 
 import threading
@@ -124,15 +124,22 @@ class Scorer:
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts with {len(responses)} lists of responses")
+        groups = [self.encode(prompt, answers) for prompt, answers in zip(prompts, responses, strict=True)]
+        return self.score_encoded(version, groups)
+
+    def encode(self, prompt: str, responses: Sequence[tuple[str, bool]]) -> list[Encoded]:
+        """Canonical tokens of a prompt's responses, each given as (text, complete)."""
+        return [self.canonical.encode(prompt, text, complete=complete) for text, complete in responses]
+
+    def score_encoded(self, version: int, groups: Sequence[list[Encoded]]) -> list[list[ScoredResponse]]:
+        """Scores of groups from `encode`.
+
+        Raises:
+            UnknownVersion: the version is not held; no other one answers for it.
+        """
         with self._lock:
-            module = self.module(version)
-            encoded = [
-                self.canonical.encode(prompt, text, complete=complete)
-                for prompt, answers in zip(prompts, responses, strict=True)
-                for text, complete in answers
-            ]
-            flat = iter(self._scores(module, encoded))
-        return [[next(flat) for _ in answers] for answers in responses]
+            scored = iter(self._scores(self.module(version), [item for group in groups for item in group]))
+        return [[next(scored) for _ in group] for group in groups]
 
     def _scores(self, module: Discriminator, encoded: list[Encoded]) -> list[ScoredResponse]:
         if not encoded:

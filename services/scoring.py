@@ -6,22 +6,23 @@ versions it lacks from the version store and keeps two. A request brings up to `
 groups, since each costs a round trip, and requests that arrive together are scored in one forward pass, up to
 the same number.
 
-Inside the cluster: `await handle.score.remote(version, [(prompt_text, responses), ...])`.
-Outside, when asked for: `POST /v1/score` with a bearer token.
+Two kinds of requests: the run's own, `await handle.score.remote(version, [(prompt_text, responses), ...])`,
+and those from outside the cluster (`services.endpoint`). The latter wait while one of the former is here, are
+worked on in small parts, and never change which versions a run's replica holds.
 """
 
 import asyncio
-import hmac
 import logging
-import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import ray
-from fastapi import FastAPI, Header, HTTPException
-from pydantic import BaseModel, Field
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve.handle import DeploymentHandle
 
+from discriminator.canonical import Encoded
 from discriminator.config import DiscriminatorConfig
 from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
@@ -30,32 +31,15 @@ from learner.memory import memory_mib
 
 Group = tuple[str, list[tuple[str, bool]]]
 """A prompt's text and its responses, each (text, complete)."""
-Request = tuple[int, list[Group]]
-"""A version and the groups that it is to score."""
+Request = tuple[int, list[list[Encoded]]]
+"""A version and the encoded groups that it is to score."""
 Answer = list[list[dict[str, Any]]]
 """Scores and spans of a request's responses, group by group."""
 
-HTTP = FastAPI(title="rlgaf discriminator", version="1")
-
-
-class ScoreRequest(BaseModel):
-    """Body of `POST /v1/score`."""
-
-    prompt: str
-    """Prompt text, after the chat template."""
-    responses: list[str] = Field(min_length=1, max_length=256)
-    """Responses to that prompt."""
-    complete: bool = True
-    """False when the responses were cut by a length limit."""
-    disc_version: int | None = None
-    """Discriminator version to score with; the newest when left out."""
-
-
-class ScoreResponse(BaseModel):
-    """Answer of `POST /v1/score`: logits, larger is more human."""
-
-    disc_version: int
-    scores: list[float]
+DEPLOYMENT = "scoring"
+"""Name of the replicas' deployment within its application."""
+PART_CHARACTERS = 4096
+"""Characters of responses from outside that are scored without a look whether the run waits."""
 
 
 class Versions(Protocol):
@@ -89,8 +73,12 @@ class PublishedVersions:
         return newest
 
     async def alive(self) -> None:
-        """See `Versions`."""
-        await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
+        """See `Versions`. The application of a run that was killed ends itself: no other knows its name."""
+        try:
+            await asyncio.wait_for(self.store.versions.remote(), self.timeout_s)
+        except ActorDiedError:
+            await asyncio.to_thread(serve.delete, serve.get_replica_context().app_name, _blocking=False)
+            raise
 
 
 def group_count(requests: list[Request]) -> int:
@@ -98,30 +86,68 @@ def group_count(requests: list[Request]) -> int:
     return sum(len(groups) for _, groups in requests)
 
 
-class _Replica:
+class Turns:
+    """Lets requests from outside go on one at a time, and only while none of the run's own is here."""
+
+    def __init__(self) -> None:
+        self._own = 0
+        self._none_own = asyncio.Event()
+        self._none_own.set()
+        self._outside = asyncio.Lock()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """While a request of the run is here."""
+        self._own += 1
+        self._none_own.clear()
+        try:
+            yield
+        finally:
+            self._own -= 1
+            if not self._own:
+                self._none_own.set()
+
+    @asynccontextmanager
+    async def outside(self) -> AsyncIterator[None]:
+        """For one part of a request from outside."""
+        async with self._outside:
+            while self._own:
+                await self._none_own.wait()
+            yield
+
+
+def parts_of(texts: list[tuple[str, bool]], characters: int) -> Iterator[list[tuple[str, bool]]]:
+    """Consecutive texts of up to so many characters together, one at the least."""
+    part: list[tuple[str, bool]] = []
+    for text in texts:
+        if part and sum(len(t) for t, _ in part) + len(text[0]) > characters:
+            yield part
+            part = []
+        part.append(text)
+    yield part
+
+
+@serve.deployment(name=DEPLOYMENT)
+class ScoringReplica:
     """One scoring replica."""
 
     def __init__(
-        self,
-        config: DiscriminatorConfig,
-        model: str,
-        model_dtype: str,
-        versions: Versions,
-        threads: int,
-        token: str,
+        self, config: DiscriminatorConfig, model: str, model_dtype: str, versions: Versions, threads: int
     ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.scorer = Scorer(config, model, model_dtype=model_dtype)
         self.versions = versions
-        self.token = token
+        self.turns = Turns()
         self._score_batch.set_max_batch_size(config.scoring.max_batch_groups)  # type: ignore[attr-defined]
         self._score_batch.set_batch_wait_timeout_s(config.scoring.batch_wait_s)  # type: ignore[attr-defined]
 
     async def score(self, version: int, groups: list[Group]) -> Answer:
         """Per-token scores of groups, at most `scoring.max_batch_groups` of them, by exactly `version`."""
-        answer: Answer | Exception = await self._score_batch((version, groups))
+        with self.turns.own():
+            encoded = await asyncio.to_thread(lambda: [self.scorer.encode(*group) for group in groups])
+            answer: Answer | Exception = await self._score_batch((version, encoded))
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -138,57 +164,52 @@ class _Replica:
             groups = [group for i in numbers for group in requests[i][1]]
             try:
                 scored = iter(await asyncio.to_thread(self._score, version, groups))
-            except Exception as error:  # Serve would raise it in all of the batch: the run's requests too
+            except Exception as error:  # Serve would raise it in all of the batch
                 answers |= dict.fromkeys(numbers, error)
             else:
                 answers |= {i: [next(scored) for _ in requests[i][1]] for i in numbers}
         return [answers[i] for i in range(len(requests))]
 
-    def _score(self, version: int, groups: list[Group]) -> Answer:
+    def _score(self, version: int, groups: list[list[Encoded]]) -> Answer:
         self.scorer.ensure(version, self.versions.fetch)
-        scored = self.scorer.score(version, [prompt for prompt, _ in groups], [texts for _, texts in groups])
+        scored = self.scorer.score_encoded(version, groups)
         return [[{"scores": item.scores, "spans": item.spans} for item in group] for group in scored]
+
+    async def score_outside(
+        self, version: int | None, prompt: str, texts: list[tuple[str, bool]]
+    ) -> tuple[int, list[float]]:
+        """Version and sequence scores of a request from outside: by the newest version held where it names
+        none.
+
+        Raises:
+            UnknownVersion: the version named is not held, or there is none yet.
+        """
+        named = await self._held(version)
+        scores: list[float] = []
+        for part in parts_of(texts, PART_CHARACTERS):
+            async with self.turns.outside():
+                [scored] = await asyncio.to_thread(self.scorer.score, named, [prompt], [part])
+            scores += [float(item.scores[-1]) for item in scored]
+        return named, scores
+
+    async def _held(self, version: int | None) -> int:
+        """A version that is held; only a replica that the run has not asked yet fetches one."""
+        held = self.scorer.versions()
+        if not held:
+            wanted = await self.versions.newest() if version is None else version
+            await asyncio.to_thread(self.scorer.ensure, wanted, self.versions.fetch)
+            return wanted
+        if version is not None and version not in held:
+            raise UnknownVersion(f"discriminator version {version} is not held; held: {held}")
+        return max(held) if version is None else version
+
+    async def newest(self) -> int:
+        """The newest version there is. Raises UnknownVersion before the first."""
+        return await self.versions.newest()
 
     async def check_health(self) -> None:
         """Serve's health probe: the source of versions must answer."""
         await self.versions.alive()
-
-
-@serve.deployment(name="scoring")
-class ScoringReplica(_Replica):
-    """In-cluster deployment: handle calls only."""
-
-
-@serve.deployment(name="scoring")
-@serve.ingress(HTTP)
-class HttpScoringReplica(_Replica):
-    """The same with `POST /v1/score` in front, guarded by a bearer token."""
-
-    @HTTP.post("/v1/score")
-    async def http_score(
-        self, request: ScoreRequest, authorization: str = Header(default="")
-    ) -> ScoreResponse:
-        """Score responses to one prompt."""
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {self.token}".encode()):
-            raise HTTPException(status_code=401, detail="missing or wrong bearer token")
-        try:  # JSON can spell what no tokenizer takes, and it would fail with all that it is scored with
-            "".join([request.prompt, *request.responses]).encode()
-        except UnicodeEncodeError as error:
-            raise HTTPException(status_code=422, detail=f"not Unicode text: {error.reason}") from None
-        version = request.disc_version
-        if version is None:
-            version = await self.versions.newest()
-        try:
-            texts = [(text, request.complete) for text in request.responses]
-            [scored] = await self.score(version, [(request.prompt, texts)])
-        except UnknownVersion as error:
-            raise HTTPException(status_code=404, detail=f"discriminator version {version}: {error}") from None
-        return ScoreResponse(disc_version=version, scores=[float(item["scores"][-1]) for item in scored])
-
-    @HTTP.get("/v1/health")
-    async def http_health(self) -> dict[str, Any]:
-        """Newest version and liveness."""
-        return {"disc_version": await self.versions.newest()}
 
 
 def scoring_app(
@@ -199,12 +220,10 @@ def scoring_app(
     *,
     threads: int,
     use_gpu: bool,
-    token: str,
 ) -> serve.Application:
     """The deployment that `config.scoring` asks for, bound to its source of versions."""
     scoring = config.scoring
-    replica: Any = HttpScoringReplica if scoring.http else ScoringReplica
-    bound: serve.Application = replica.options(
+    bound: serve.Application = ScoringReplica.options(  # type: ignore[attr-defined]
         num_replicas=scoring.replicas,
         max_ongoing_requests=4 * scoring.max_batch_groups,
         ray_actor_options={
@@ -212,7 +231,7 @@ def scoring_app(
             "num_gpus": 1 if use_gpu else 0,
             "runtime_env": {"env_vars": worker_environment() | {"OMP_NUM_THREADS": str(threads)}},
         },
-    ).bind(config, model, model_dtype, versions, threads, token)
+    ).bind(config, model, model_dtype, versions, threads)
     return bound
 
 
@@ -226,21 +245,12 @@ def deploy(
     threads: int,
     use_gpu: bool,
 ) -> DeploymentHandle:
-    """Start the deployment (blocking) and return its handle."""
-    scoring = config.scoring
+    """Start the deployment under a name that is unique on the cluster (blocking); returns its handle."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
-        proxy_location="HeadOnly" if scoring.http else "Disabled",
-        http_options={"host": scoring.http_host, "port": scoring.http_port},
+        proxy_location="Disabled",
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    app = scoring_app(
-        config,
-        model,
-        model_dtype,
-        PublishedVersions(store, scoring.timeout_s),
-        threads=threads,
-        use_gpu=use_gpu,
-        token=os.environ.get(scoring.http_token, ""),
-    )
-    return serve.run(app, name=name, route_prefix="/" if scoring.http else None)
+    versions = PublishedVersions(store, config.scoring.timeout_s)
+    app = scoring_app(config, model, model_dtype, versions, threads=threads, use_gpu=use_gpu)
+    return serve.run(app, name=name, route_prefix=None)

@@ -1,8 +1,10 @@
 """A finished run's discriminator as a scoring endpoint of its own: `POST /v1/score` behind a bearer token.
 
+    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=services.endpoint:proxy_middleware
     RLGAF_SCORE_TOKEN=... serve run services.serving:app run=/shared/runs/NAME
 
-The same replicas as in training answer, with the one version that the run ended with.
+The same replicas as in training answer, with the one version that the run ended with. The variable puts the
+endpoint's limits into Ray's proxies too, which otherwise hold any body whole before they ask the endpoint.
 """
 
 import os
@@ -12,11 +14,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from ray import serve
+from starlette.types import ASGIApp
 
 from discriminator.exported import exported_state, read_exported
 from discriminator.versions import UnknownVersion
 from services.config import ConfigError
-from services.scoring import scoring_app
+from services.endpoint import OPEN_REQUESTS, endpoint_app
+from services.scoring import DEPLOYMENT, scoring_app
 
 
 class Arguments(BaseModel):
@@ -77,15 +81,23 @@ def app(args: Arguments) -> serve.Application:
     scoring = exported.config.scoring.model_copy(
         update={"http": True} | {name: value for name, value in given.items() if value is not None}
     )
-    return scoring_app(
+    replicas = scoring_app(
         exported.config.model_copy(update={"scoring": scoring, "device": "cuda" if args.gpu else "cpu"}),
         args.model or exported.model or _body_of(args.run),
         exported.model_dtype,
         ExportedVersion(folder, exported.version, exported.checksum),
         threads=max(1, int(scoring.cpus)),
         use_gpu=args.gpu,
-        token=token,
     )
+
+    def build() -> ASGIApp:
+        handle = serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
+        return endpoint_app(handle, scoring.replicas, token)
+
+    front = serve.deployment(
+        name="endpoint", max_ongoing_requests=4 * OPEN_REQUESTS, ray_actor_options={"num_cpus": 0}
+    )
+    return front(serve.ingress(build)()).bind(replicas)
 
 
 def _body_of(run: Path) -> str:

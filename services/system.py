@@ -3,6 +3,7 @@ generate, score, learn, sync, discriminate. Failures: see `services.policy_side`
 """
 
 import asyncio
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from rollout.templates import Renderer
 from services.budget import response_tokens
 from services.config import Config
 from services.demonstrations import Demonstrations
+from services.endpoint import open_door
 from services.plan import ResourcePlan
 from services.policy_side import PolicySide, up
 from services.reward_inputs import RewardInputs
@@ -33,6 +35,9 @@ from services.scoring import deploy
 from services.waiting import within
 
 BUFFER_S = 120.0
+
+REQUESTS_PER_REPLICA = 2
+"""Scoring requests sent at once, for each replica: while one is in the forward pass another is encoded."""
 
 
 class System(PolicySide):
@@ -50,8 +55,13 @@ class System(PolicySide):
     ) -> None:
         super().__init__(config, plan, splits, renderer, start)
         self.disc_version = 0
-        self.app = f"rlgaf-{config.run.name}"
+        # The only name that a run leaves on a cluster, where another may have the same `run.name`.
+        self.app = f"rlgaf-{config.run.name}-{uuid.uuid4().hex[:12]}"
         self.scorer: Any = None
+        self.door: tuple[Any, str] | None = None
+        """The process that listens for requests from outside, which ends with this one, and its URL."""
+        # A request's deadline counts from its sending, so no more are sent than a replica soon begins.
+        self._in_flight = asyncio.Semaphore(REQUESTS_PER_REPLICA * self._scoring.replicas)
         self.prompts = PromptSource(
             splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
         )
@@ -85,6 +95,8 @@ class System(PolicySide):
             *policy, up(say, "discriminator", self.discriminator.start()), up(say, "scoring", deployed)
         )
         await self._meet()
+        if self.door is not None:
+            say(f"scoring endpoint: {self.door[1]}")
 
     def _learner_config(self) -> dict[str, Any]:
         gumbel = self.config.learner.gumbel
@@ -124,7 +136,7 @@ class System(PolicySide):
     def _deploy(self) -> Any:
         role, settings = self.plan.role("scoring"), self._discriminator_config()
         config = settings["config"].model_copy(update={"scoring": self._scoring})
-        return deploy(
+        handle = deploy(
             self.app,
             config,
             settings["model"],
@@ -133,6 +145,9 @@ class System(PolicySide):
             threads=role.threads,
             use_gpu=role.gpus > 0,
         )
+        if config.scoring.http:
+            self.door = open_door(handle, config.scoring)
+        return handle
 
     async def stop(self) -> None:
         """End what has an orderly end; the rest goes with the Ray job."""
@@ -164,8 +179,9 @@ class System(PolicySide):
 
         async def one(share: list[list[int]]) -> tuple[list[list[dict[str, Any]]], float]:
             asked = [(prompts[rows[0]], [(texts[i], complete[i]) for i in rows]) for rows in share]
-            call = self.scorer.measured_score.remote(version, asked)
-            return await within(settings.timeout_s, f"scoring {len(share)} groups", call)
+            async with self._in_flight:
+                call = self.scorer.measured_score.remote(version, asked)
+                return await within(settings.timeout_s, f"scoring {len(share)} groups", call)
 
         answers = await asyncio.gather(*(one(share) for share in shares))
         if answers:

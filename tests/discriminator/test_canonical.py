@@ -1,5 +1,6 @@
 import random
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,39 @@ def test_limits_hold_for_any_length(tokenizer) -> None:
     assert len(canonical.encode_prompt("")) >= 1
 
 
+def test_text_beyond_the_limits_is_cut_before_it_is_read(tokenizer, canonical: Canonicaliser) -> None:
+    words = "the cat sat on the mat " * 50
+    longest = max(map(len, tokenizer.get_vocab()))
+    read: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, **options):
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+    canonical.tokenizer = Counting()
+    coded = canonical.encode(words * 1000, words * 1000, complete=True)
+    assert max(read) <= (canonical.max_prompt + 1) * longest
+    assert coded.prompt_ids == tokenizer(words)["input_ids"][-canonical.max_prompt :]
+    assert coded.response_ids == tokenizer(words)["input_ids"][: canonical.max_response]
+    assert not coded.complete
+    blank = canonical.encode("", "a" + " " * 100_000, complete=True)
+    assert not blank.complete, "what follows the blanks was not read"
+
+
+def test_threads_encode_at_once_as_one_does(canonical: Canonicaliser) -> None:
+    texts = [f"<|user|>a{i}<|end|>b" for i in range(200)]
+    alone = [(canonical.encode_prompt(text), canonical.encode("", text, complete=True)) for text in texts]
+    fresh = Canonicaliser(canonical.tokenizer, COLLAPSE, context=256)
+    with ThreadPoolExecutor(2) as pool:
+        prompts = pool.map(fresh.encode_prompt, texts)
+        responses = pool.map(lambda text: fresh.encode("", text, complete=True), texts)
+        assert list(zip(prompts, responses, strict=True)) == alone
+
+
 def test_both_sides_of_one_text_have_one_encoding(canonical: Canonicaliser, tokenizer) -> None:
     rollout = "  na\u0131\u0308ve\tfac\u0327ade \n"
     table = pa.table({"prompt_id": ["p"], "prompt_text": ["say: "], "response_text": [rollout]})
@@ -203,7 +237,7 @@ def test_spellings_are_made_once_and_the_least_used_make_place():
         return _Spelling([0] * len(text), [], True)
 
     def spelling(text: str) -> _Spelling:
-        return memory.get(text, lambda: made(text))
+        return memory.get(text, True, lambda: made(text))
 
     for text in ("aa", "bb", "aa", "cc", "aa", "bb"):  # cc puts bb out, which comes back for cc
         assert len(spelling(text).ids) == 2

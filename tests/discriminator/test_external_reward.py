@@ -19,6 +19,16 @@ ARGUMENTS = (["p", "p"], ["short", "longer text"], [True, False])
 class Service(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/elsewhere":
+            self.send_response(307)
+            self.send_header("Location", "/token")
+            self.end_headers()
+            return
+        if self.path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b" " * 70_000)
+            return
         if self.path == "/late":
             time.sleep(2)
         if self.path == "/broken":
@@ -30,6 +40,7 @@ class Service(BaseHTTPRequestHandler):
             "/few": {"rewards": rewards[:1]},
             "/other": [1, 2],
             "/nan": {"rewards": [1.0, float("nan")]},
+            "/huge": {"rewards": [1.0, 10**400]},
             "/token": {"rewards": [float(self.headers.get("Authorization") == "Bearer secret")] * 2},
             "/late": {"rewards": rewards},
         }[self.path]
@@ -70,12 +81,40 @@ def test_a_url_answers_one_number_per_response(address: str, monkeypatch: pytest
         ("/few", "1 rewards for 2 responses"),
         ("/other", 'list "rewards"'),
         ("/nan", "reward 1 is nan"),
+        ("/huge", "reward 1 is 1000.*not a number"),
+        ("/elsewhere", "HTTP 307: redirects are not followed"),
+        ("/endless", "longer than 65664 bytes"),
         ("/broken", "HTTP 503 no model loaded"),
     ],
 )
 def test_a_bad_answer_is_named(path: str, message: str, address: str) -> None:
     with pytest.raises(UserRewardError, match=message):
         call(address + path)
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "message"),
+    [
+        ("http://reward.example/score", "secret", "token of RLGAF_REWARD_TOKEN in plain text; use https"),
+        ("http://127.0.0.1.example/score", "secret", "in plain text"),
+        ("https://me:secret@reward.example/score", "", "credentials in its URL"),
+        ("http://127.0.0.1:port/score", "", "is not a URL"),
+        ("http://reward.example/score", "", None),
+        ("https://reward.example/score", "secret", None),
+        ("http://[::1]:9/score", "secret", None),
+    ],
+)
+def test_a_token_goes_by_https_or_stays_on_this_machine(
+    url: str, token: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLGAF_REWARD_TOKEN", token)
+    config = RewardConfig(user_reward=url)
+    if message is None:
+        assert load_user_reward(config) is not None
+        return
+    with pytest.raises(UserRewardError, match=message) as error:
+        load_user_reward(config)
+    assert "secret" not in str(error.value)
 
 
 def test_a_late_answer_is_an_error_at_the_deadline(address: str) -> None:

@@ -3,6 +3,8 @@ named."""
 
 import itertools
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,28 @@ def test_each_request_is_answered_by_the_version_it_names(tiny_model: Path) -> N
         np.testing.assert_allclose(got.scores, want.scores, atol=1e-4)
     [[first]], [[second]] = scorer.score(1, *request), scorer.score(2, *request)
     assert abs(first.scores[-1] - second.scores[-1]) > 1e-3
+
+
+def test_texts_are_encoded_while_another_request_is_in_the_forward_pass(tiny_model: Path) -> None:
+    scorer, store = holding(small(), tiny_model)
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow_fetch(version: int):
+        began.set()
+        assert go_on.wait(30)
+        return store.fetch(0)
+
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(scorer.ensure, 1, slow_fetch)
+        assert began.wait(30)
+        encoded = pool.submit(scorer.encode, PROMPTS[0], RESPONSES[0]).result(timeout=30)
+        assert not busy.done()
+        go_on.set()
+        busy.result(timeout=30)
+    [scored] = scorer.score_encoded(0, [encoded])
+    [expected] = scorer.score(0, PROMPTS[:1], RESPONSES[:1])
+    for one, two in zip(scored, expected, strict=True):
+        np.testing.assert_allclose(one.scores, two.scores, atol=1e-5)
 
 
 def test_damaged_weights_are_refused_and_the_held_version_stays(tiny_model: Path) -> None:

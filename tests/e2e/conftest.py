@@ -16,14 +16,17 @@ from launching import PROMPTS, SAMPLES, START_S, STEPS, Launch
 def ray_cluster() -> Iterator[None]:
     """A local Ray of its own, whatever else runs on this machine."""
     folder = tempfile.mkdtemp(prefix="rlgaf-ray-", dir="/tmp")  # Ray's socket paths must stay short
-    ray.init(
-        address="local",
-        num_cpus=8,
-        object_store_memory=200_000_000,
-        include_dashboard=False,
-        namespace="rlgaf-e2e",
-        _temp_dir=folder,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        limits = "services.endpoint:proxy_middleware"
+        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", limits)
+        ray.init(
+            address="local",
+            num_cpus=8,
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            namespace="rlgaf-e2e",
+            _temp_dir=folder,
+        )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

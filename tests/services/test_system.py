@@ -67,6 +67,20 @@ async def answered(requests: pa.Table, min_version: int) -> pa.Table:
     )
 
 
+class OneReplica:
+    """Scores one request at a time, each for `SECONDS`; what is sent meanwhile waits for its turn."""
+
+    SECONDS = 0.05
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+
+    async def measured_score(self, version: int, groups: list[Any]) -> tuple[list[Any], float]:
+        async with self.turn:
+            await asyncio.sleep(self.SECONDS)
+        return [[{"scores": [float(version)], "spans": []} for _ in texts] for _, texts in groups], 1.0
+
+
 @pytest.fixture
 def system(
     tiny_model: Path, tiny_demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,3 +136,27 @@ def test_a_discriminator_sees_no_answer_to_a_prompt_without_demonstration(system
 def test_base_samples_for_the_audit_answer_prompts_with_demonstrations(system: Any) -> None:
     samples = asyncio.run(system.base_samples(64))
     assert not without_demonstration(samples, system.splits)
+
+
+def test_a_batch_of_many_requests_does_not_time_out_by_itself(system: Any) -> None:
+    """The deadline is each request's own, however many are scored before it."""
+    settings = system.config.discriminator.scoring
+    settings = settings.model_copy(update={"max_batch_groups": 1, "timeout_s": 8 * OneReplica.SECONDS})
+    judge = system.config.discriminator.model_copy(update={"scoring": settings})
+    system.config = system.config.model_copy(update={"discriminator": judge})
+    requests = [{"group_id": f"g{i}", "prompt_id": f"p{i}", "step": 0} for i in range(24)]
+    table = pa.Table.from_pylist([request | {"prompt_text": "p", "prompt_ids": [1]} for request in requests])
+
+    async def scores() -> list[dict[str, Any]]:
+        system.scorer = SimpleNamespace(measured_score=SimpleNamespace(remote=OneReplica().measured_score))
+        batch = await answered(table, 0)
+        both = await asyncio.gather(system.score(batch, 7), system.score(batch, 7))
+        return both[0] + both[1]
+
+    assert [item["scores"] for item in asyncio.run(scores())] == [[7.0]] * 24 * GROUP * 2
+
+
+def test_two_runs_of_one_name_have_services_of_their_own(system: Any) -> None:
+    again = System(system.config, system.plan, system.splits, system.renderer)
+    assert again.app != system.app
+    assert system.config.run.name in system.app

@@ -25,6 +25,10 @@ below it are too. */}}
   value: rlgaf
 - name: HF_HOME
   value: /cache/huggingface
+{{- if eq (default $ .root).Values.mode "RayService" }}
+- name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+  value: services.endpoint:proxy_middleware
+{{- end }}
 - name: TORCHINDUCTOR_CACHE_DIR
   value: /home/rlgaf/.cache/torchinductor
 - name: TORCH_EXTENSIONS_DIR
