@@ -5,6 +5,7 @@
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from rollout.data import DataError
 from services.config import Config, ConfigError, load
 from services.config_text import to_toml
 from services.export import EXPORTED_CONFIG
+from services.waiting import left_behind
 
 app = typer.Typer(
     name="rlgaf",
@@ -286,12 +288,27 @@ def main() -> None:
     """Entry point: user errors become one message on stderr and exit code 2."""
     # Before OpenMP is loaded: it would spin at its barriers, on cores that the run's other processes need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code = _exit_code()
+    if left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
     try:
         app()
     except (ConfigError, DataError) as error:
         for line in str(error).splitlines():
             print(f"rlgaf: {line}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:  # the top of the program: a call that hangs must not hold it after the traceback
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
