@@ -49,7 +49,8 @@ async def first_end(work: "asyncio.Future[int]", watching: "asyncio.Future[None]
     Raises:
         asyncio.CancelledError: `work` was cancelled.
     """
-    await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
+    both: set[asyncio.Future[Any]] = {work, watching}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not work.done():
         work.cancel()
         await asyncio.wait({work}, timeout=CANCEL_S)

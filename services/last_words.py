@@ -1,4 +1,4 @@
-"""What a run's processes said last, and where they are: the end of their logs and the stacks of their threads.
+"""What a run's processes said last, and where they stand: the end of their logs and their threads' stacks.
 
 Every actor of the run is in Ray's own table, also one that died before it could report. Its log, which its
 child processes share (vLLM's engine), lies on its node in Ray's session folder, which nobody looks at and
@@ -101,6 +101,7 @@ def _words_here(there: list[Process], lines: int) -> dict[str, Words]:
         return {}
     from ray._private.worker import _global_node
 
+    assert _global_node is not None, "Ray is connected"
     return words(there, Path(_global_node.get_logs_dir_path()), lines)
 
 

@@ -11,6 +11,7 @@ dead; a silent process is named once, with the stacks of its threads, and again 
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,7 @@ class LifeSigns:
         groups: the worker groups.
         say: takes a line for the console.
         folder: where the stacks of silent processes are written.
+        table: Ray's table of the run's actors; blocks.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class LifeSigns:
         groups: Callable[[], Sequence[Group]],
         say: Callable[[str], None],
         folder: Path,
+        table: Callable[[], list[Process]] = processes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._actors = actors
         self._groups = groups
         self._say = say
         self._folder = folder
+        self._read_table = table
         self._roll = Roll(clock)
         self._questions: dict[str, asyncio.Task[None]] = {}
         self._dead: DeadProcess | None = None
@@ -124,8 +128,9 @@ class LifeSigns:
         table = await self._table()
         if self._ending:
             return
-        for process in self._roll.newly_dead(table):
-            self._tell(process)
+        ends = [*self._deaths(table), *filter(None, (group.ended_by() for group in self._groups()))]
+        if ends and self._dead is None:
+            self._dead = DeadProcess("\n".join(ends))
         if self._dead is not None:
             raise self._dead
         if self.up:
@@ -142,25 +147,24 @@ class LifeSigns:
         return [name for name, question in self._questions.items() if not question.done()]
 
     async def _table(self) -> list[Process]:
-        reasons = [group.ended_by() for group in self._groups()]
-        if dead := _dead_ray_processes():
-            reasons.append(f"Ray's own {' and '.join(dead)} ended; see its logs in Ray's session folder")
-        for reason in filter(None, reasons):
-            self._dead = self._dead or DeadProcess(reason)
         self._roll.asked(RAY)
         try:
-            table: list[Process] = await within(ANSWER_S, RAY, asyncio.to_thread(processes))
+            table: list[Process] = await within(ANSWER_S, RAY, asyncio.to_thread(self._read_table))
         except (RuntimeError, OSError, RayError):  # `newly_silent` will say so
             return []
         self._roll.answered(RAY)
         return table
 
-    def _tell(self, process: Process) -> None:
-        what = f"{self.name(process)} (process {process.pid}) died: {process.cause}"
-        if process.kind in VITAL:
-            self._dead = self._dead or DeadProcess(what)
-            return
-        self._say("; ".join(filter(None, [what, REPLACEABLE.get(process.kind, "")])))
+    def _deaths(self, table: Sequence[Process]) -> list[str]:
+        """New deaths that end the run; the others are only told."""
+        ends = [f"Ray's own {kind} ended; its logs are in Ray's session folder" for kind in _dead_ray()]
+        for process in self._roll.newly_dead(table):
+            what = f"{self.name(process)} (process {process.pid}) died: {process.cause}"
+            if process.kind in VITAL:
+                ends.append(what)
+            else:
+                self._say("; ".join(filter(None, [what, REPLACEABLE.get(process.kind, "")])))
+        return ends
 
     def name(self, process: Process) -> str:
         """The run's own name of a process, or its class."""
@@ -174,10 +178,8 @@ class LifeSigns:
                 self._questions[name] = asyncio.create_task(self._question(name, actor))
 
     async def _question(self, name: str, actor: Any) -> None:
-        try:
+        with contextlib.suppress(RayError):  # dead: the table tells
             await resolved(actor.__ray_ready__.remote())
-        except RayError:  # dead: the table tells
-            pass
         self._roll.answered(name)
 
     async def _write_stacks(self, name: str, table: Sequence[Process]) -> str:
@@ -219,7 +221,7 @@ class LifeSigns:
         return f"{head}{state}\n{process.cause}\n{said.log}\n{said.stacks}\n"
 
 
-def _dead_ray_processes() -> list[str]:
+def _dead_ray() -> list[str]:
     """Kinds of those processes of a Ray of this driver's own that have ended."""
     from ray._private.worker import _global_node
 

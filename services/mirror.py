@@ -14,6 +14,7 @@ from pyarrow import fs
 from services.checkpoint import MANIFEST, Checkpoints
 from services.config import Config, ConfigError
 from services.run_folder import BEST_RECORD
+from services.waiting import bounded
 
 CHECKPOINTS = "checkpoints"
 NOT_COPIED = "ray"
@@ -138,10 +139,10 @@ def fetch_newer(config: Config) -> int | None:
     mirror = Mirror(config.folder, config.run.mirror)
     here = Checkpoints(config.folder / CHECKPOINTS, config.run.keep_checkpoints).steps()
     try:
-        newest = mirror.newest()
+        newest = bounded(config.run.mirror_timeout_s, "listing it", mirror.newest)
         if newest is None or newest <= max(here, default=-1):
             return None
-        mirror.pull()
+        bounded(config.run.mirror_timeout_s, "fetching it", mirror.pull)
     except OSError as error:
         raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read: {error}') from None
     return newest
@@ -150,7 +151,9 @@ def fetch_newer(config: Config) -> int | None:
 def refuse_used(config: Config) -> None:
     """Raise ConfigError where a new run would be copied over an earlier one's copy, or cannot be copied."""
     try:
-        free = Mirror(config.folder, config.run.mirror).empty()
+        free = bounded(
+            config.run.mirror_timeout_s, "listing it", Mirror(config.folder, config.run.mirror).empty
+        )
     except OSError as error:
         raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read: {error}') from None
     if not free:

@@ -64,8 +64,8 @@ def join(address: str, deadline_s: float = JOIN_S) -> None:
         bounded(deadline_s, "joining it", partial(ray.init, address=address, **QUIET))
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(
-            f"RAY_ADDRESS = {address}: {error}; is that cluster up (`ray status --address {address}`)? Without "
-            "RAY_ADDRESS a run starts a Ray of its own"
+            f"RAY_ADDRESS = {address}: {error}; is that cluster up (`ray status --address {address}`)? "
+            "Without RAY_ADDRESS a run starts a Ray of its own"
         ) from None
 
 
@@ -82,9 +82,9 @@ def start() -> None:
             leave()
             if attempt == STARTS:
                 raise ConfigError(
-                    f"Ray did not start here in {STARTS} attempts: {error}. On a slow or full machine end other "
-                    "work, or start Ray once with `rlgaf up` and train with RAY_ADDRESS; its logs are in "
-                    "/tmp/ray/session_latest/logs"
+                    f"Ray did not start here in {STARTS} attempts: {error}. On a slow or full machine end "
+                    "other work, or start Ray once with `rlgaf up` and train with RAY_ADDRESS; its logs are "
+                    "in /tmp/ray/session_latest/logs"
                 ) from None
             print(f"Ray did not start ({error}); attempt {attempt + 1} of {STARTS}", file=sys.stderr)
     return None
@@ -126,7 +126,7 @@ def leave() -> None:
     if not any(thread.name.startswith("rlgaf-fit-") for thread in threading.enumerate()):
         try:
             bounded(LEAVE_S, "leaving Ray", ray.shutdown)
-        except RuntimeError as error:
+        except TimeoutError as error:
             print(f"at the end: {error}", file=sys.stderr)
     for process in own:
         with suppress(psutil.NoSuchProcess):
@@ -134,14 +134,17 @@ def leave() -> None:
 
 
 def _own_processes() -> list[psutil.Process]:
-    """Of the Ray that this process started: workers first, since their parents' end is told to this one."""
+    """Of the Ray that this process started; what its raylet started comes before the raylet."""
     from ray._private.worker import _global_node
 
     if _global_node is None:
         return []
-    heads = [psutil.Process(process.pid) for _, process in _global_node.live_processes()]
-    below = [child for head in heads for child in head.children(recursive=True)]
-    return [*below, *heads]
+    own: list[psutil.Process] = []
+    for _, started in _global_node.live_processes():
+        with suppress(psutil.NoSuchProcess):
+            head = psutil.Process(started.pid)
+            own = [*head.children(recursive=True), *own, head]
+    return own
 
 
 def _object_store_bytes() -> int:

@@ -16,7 +16,7 @@ from rollout.templates import Renderer
 from services.checkpoint import Checkpoints, verify
 from services.config import Config
 from services.config_text import to_toml
-from services.ending import FAILED, Deadman, first_end, handle_signals
+from services.ending import FAILED, STILL_S, Deadman, first_end, handle_signals
 from services.lease import Lease
 from services.liveness import DeadProcess, LifeSigns
 from services.methods import method_title
@@ -107,7 +107,7 @@ class RunLife:
 
         asyncio.get_running_loop().set_default_executor(DaemonThreads())
         work = asyncio.ensure_future(self._work())
-        deadman = Deadman(self.config.learner.step_timeout_s, self.display.note)
+        deadman = Deadman(max(STILL_S, self.config.learner.step_timeout_s), self.display.note)
         handle_signals(partial(self._interrupt, work))
         try:
             return await first_end(work, asyncio.ensure_future(self.signs.watch(deadman.beat)))

@@ -56,7 +56,7 @@ def bounded(timeout_s: float, what: str, function: Callable[[], T]) -> T:
     """The answer of a blocking `function`; where it is late, its thread is left behind.
 
     Raises:
-        RuntimeError: `what` did not finish within the deadline.
+        TimeoutError: `what` did not finish within the deadline.
     """
     future = DaemonThreads().submit(function)
     try:
@@ -64,7 +64,7 @@ def bounded(timeout_s: float, what: str, function: Callable[[], T]) -> T:
     except TimeoutError:
         if future.done():
             raise
-        raise RuntimeError(f"{what} did not finish within {timeout_s:.0f} s") from None
+        raise TimeoutError(f"{what} did not finish within {timeout_s:g} s") from None
 
 
 def left_behind() -> bool:
