@@ -28,6 +28,8 @@ from learner.environment import worker_environment
 from rollout.stacks import show_stacks_on_signal
 
 POLL_S = 20.0
+FETCH_S = 300.0
+"""Deadline of a table's way to a rank."""
 TELL_S = 60.0
 """Deadline of a rank's word to its mailbox."""
 ABORT_S = 3.0
