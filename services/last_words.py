@@ -74,11 +74,13 @@ def _cause(given: object) -> str:
 
 def last_words(asked: Iterable[Process], lines: int = LINES) -> dict[str, Words]:
     """By actor id, from all nodes; a node that does not answer within NODE_S is left out. Blocks."""
-    here = ray.get_runtime_context().get_node_id()
     nodes: dict[str, list[Process]] = {}
     for process in asked:
         if process.pid and process.node:
             nodes.setdefault(process.node, []).append(process)
+    if not nodes:
+        return {}
+    here = ray.get_runtime_context().get_node_id()
     found = _words_here(nodes.pop(here, []), lines)
     away = [_words_on(node, there, lines) for node, there in nodes.items()]
     answered, _ = ray.wait(away, num_returns=len(away), timeout=NODE_S) if away else ([], [])

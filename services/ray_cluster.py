@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import psutil
@@ -42,7 +41,6 @@ def ray_cluster(address: str | None) -> Iterator[tuple[float, int]]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address:
         join(address)
-        ensure_stop_wait()
     else:
         start()
     try:
@@ -60,8 +58,12 @@ def join(address: str, deadline_s: float = JOIN_S) -> None:
     """
     import ray
 
+    def joined() -> None:
+        ray.init(address=address, **QUIET)
+        ensure_stop_wait()
+
     try:
-        bounded(deadline_s, "joining it", partial(ray.init, address=address, **QUIET))
+        bounded(deadline_s, "joining it", joined)
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(
             f"RAY_ADDRESS = {address}: {error}; is that cluster up (`ray status --address {address}`)? "
@@ -75,11 +77,13 @@ def start() -> None:
     Raises:
         ConfigError: with Ray's last reason.
     """
+    others = psutil.Process().children()
     for attempt in range(1, STARTS + 1):
         try:
             return _start()
         except (RuntimeError, OSError) as error:  # a TimeoutError is an OSError
             leave()
+            _kill([child for child in psutil.Process().children() if child not in others])
             if attempt == STARTS:
                 raise ConfigError(
                     f"Ray did not start here in {STARTS} attempts: {error}. On a slow or full machine end "
@@ -128,7 +132,11 @@ def leave() -> None:
             bounded(LEAVE_S, "leaving Ray", ray.shutdown)
         except TimeoutError as error:
             print(f"at the end: {error}", file=sys.stderr)
-    for process in own:
+    _kill(own)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 

@@ -136,10 +136,12 @@ def test_a_ray_that_does_not_answer_holds_no_look_and_is_named(tmp_path, monkeyp
     async def scenario() -> list[str]:
         watched = Watched(tmp_path)
         watched.signs._read_table = never.wait  # type: ignore[assignment]
-        await asyncio.wait_for(watched.signs.look(), 2)
-        watched.clock.now = SILENT_S + 1
-        await asyncio.wait_for(watched.signs.look(), 2)
-        never.set()
+        try:
+            await asyncio.wait_for(watched.signs.look(), 2)
+            watched.clock.now = SILENT_S + 1
+            await asyncio.wait_for(watched.signs.look(), 2)
+        finally:
+            never.set()
         return watched.said
 
     [said] = asyncio.run(scenario())
