@@ -21,6 +21,7 @@ from discriminator.versions import VersionStore
 from learner.trainer import ABORT_S, TrainerGroup
 from rollout.data import DataSplits
 from rollout.prompts import PromptSource
+from rollout.stacks import show_stacks_on_signal
 from rollout.templates import Renderer
 from services.budget import response_tokens
 from services.config import Config
@@ -74,6 +75,8 @@ class System(PolicySide):
         self.versions = ray.remote(VersionStore).options(num_cpus=0).remote(config.run.max_disc_lag + 2)
         policy = self._start_policy(say)
         self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
+        for actor in (self.versions, self.buffer):
+            actor.__ray_call__.remote(_show_stacks)
         self.discriminator = TrainerGroup(
             "discriminator",
             DiscriminatorRank,
@@ -324,3 +327,7 @@ class System(PolicySide):
             ),
         )
         await self.sync(self.policy_version)
+
+
+def _show_stacks(_: object) -> None:
+    show_stacks_on_signal()
