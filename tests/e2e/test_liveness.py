@@ -43,11 +43,11 @@ KINDS = {
 
 
 def found(driver: "subprocess.Popen[str]", kind: str) -> psutil.Process:
-    """A process of the run by the beginning of its command line; ranks by who builds what."""
+    """A process of the run by the beginning of its command line; ranks by their folder."""
     children = psutil.Process(driver.pid).children(recursive=True)
-    if kind in ("learner", "discriminator"):
+    if kind in ("learner", "discriminator"):  # Ray Train's folder is named after the group
         ranks = [p for p in children if title(p).startswith("ray::RayTrainWorker")]
-        return sorted(ranks, key=lambda p: "/discriminator/" in working_folder(p))[kind == "discriminator"]
+        return next(p for p in ranks if Path(p.cwd()).name == kind)
     return next(p for p in children if Path(title(p).split(" ")[0]).name.startswith(kind))
 
 
@@ -56,10 +56,6 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline()) or "?"
     except psutil.Error:
         return "?"
-
-
-def working_folder(process: psutil.Process) -> str:
-    return process.cwd()  # Ray Train's folder of the group
 
 
 def after_a_step(
