@@ -68,8 +68,9 @@ class DiscriminatorRank:
         make the steps that the health gate allows, publish version step + 1. With the trainer's metrics come
         `tokens_per_s`, trained in the seconds of these steps, where there were any, and this rank's memory.
         """
-        held = self.trainer.evaluate(*ray.get([heldout, fresh], timeout=FETCH_S), step)
-        fetched, known = ray.get([rollouts, demonstrations], timeout=FETCH_S)
+        tables = ray.get([heldout, fresh, rollouts, demonstrations], timeout=FETCH_S)
+        apart, sampled, fetched, known = tables
+        held = self.trainer.evaluate(apart, sampled, step)
         began = time.perf_counter()
         trained = self.trainer.update(fetched, known, step)
         if "tokens_trained" in trained:
