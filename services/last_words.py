@@ -50,7 +50,8 @@ def processes() -> list[Process]:
     """All actors that this driver's job ever had; blocks."""
     from ray._private.state import state
 
-    table = state.actor_table(None, job_id=ray.get_runtime_context().job_id)
+    job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
+    table = state.actor_table(None, job_id=job)
     return [
         Process(
             id=actor["ActorID"],
