@@ -15,6 +15,7 @@ from discriminator.config import DiscriminatorConfig
 from discriminator.exported import write_exported
 from discriminator.trainer import DiscriminatorTrainer
 from learner.memory import memory_mib
+from learner.trainer import FETCH_S
 from learner.written import written
 
 
@@ -51,7 +52,8 @@ class DiscriminatorRank:
         heldout_rollouts: "ray.ObjectRef[pa.Table]",
     ) -> dict[str, float]:
         """Train on base rollouts up to the configured held-out accuracy and publish version 0."""
-        metrics = self.trainer.warm_up(*ray.get([rollouts, demonstrations, heldout, heldout_rollouts]))
+        tables = ray.get([rollouts, demonstrations, heldout, heldout_rollouts], timeout=FETCH_S)
+        metrics = self.trainer.warm_up(*tables)
         self._publish(0)
         return metrics
 
@@ -67,8 +69,9 @@ class DiscriminatorRank:
         make the steps that the health gate allows, publish version step + 1. With the trainer's metrics come
         `tokens_per_s`, trained in the seconds of these steps, where there were any, and this rank's memory.
         """
-        held = self.trainer.evaluate(ray.get(heldout), ray.get(fresh), step)
-        fetched, known = ray.get([rollouts, demonstrations])
+        tables = ray.get([heldout, fresh, rollouts, demonstrations], timeout=FETCH_S)
+        apart, sampled, fetched, known = tables
+        held = self.trainer.evaluate(apart, sampled, step)
         began = time.perf_counter()
         trained = self.trainer.update(fetched, known, step)
         if "tokens_trained" in trained:

@@ -18,6 +18,7 @@ from learner.memory import memory_mib
 from learner.policy import PolicyLearner
 from learner.snapshot import Snapshot
 from learner.supervised import supervised_step
+from learner.trainer import FETCH_S
 from learner.weight_client import WeightSyncError, WorkerRef
 from learner.written import written
 from rollout.config import PolicyConfig, RolloutConfig
@@ -64,14 +65,16 @@ class LearnerRank:
         """One policy update on scored trajectories; `PolicyLearner.train_step`'s metrics, response tokens per
         second and this rank's memory.
         """
-        metrics = self.learner.train_step(ray.get(table), step, lr_factor)
+        metrics = self.learner.train_step(ray.get(table, timeout=FETCH_S), step, lr_factor)
         self.version = step + 1
         return _told(metrics)
 
     def supervised_step(self, table: "ray.ObjectRef[pa.Table]") -> dict[str, Any]:
         """One supervised update on examples; `supervised_step`'s metrics, answer tokens per second and this
         rank's memory."""
-        return _told(supervised_step(self.learner.trainable, self.learner.cfg, ray.get(table)))
+        return _told(
+            supervised_step(self.learner.trainable, self.learner.cfg, ray.get(table, timeout=FETCH_S))
+        )
 
     def keep(self) -> None:
         """Remember the present weights instead of those remembered before."""
@@ -138,7 +141,7 @@ class LearnerRank:
         """Negative log-likelihood, nats, of each response in a table of prompt_ids, response_ids: float64
         [rows].
         """
-        return self.learner.response_nll(ray.get(table))
+        return self.learner.response_nll(ray.get(table, timeout=FETCH_S))
 
     def save(self, folder: str) -> str:
         """Write the learner's part of a checkpoint; returns why that could not be, or nothing."""

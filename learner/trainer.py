@@ -25,11 +25,17 @@ from typing import Any
 import ray
 
 from learner.environment import worker_environment
+from rollout.stacks import show_stacks_on_signal
 
 POLL_S = 20.0
+FETCH_S = 300.0
+"""Deadline of a table's way to a rank."""
+TELL_S = 60.0
+"""Deadline of a rank's word to its mailbox."""
+ABORT_S = 3.0
 # Ray Train's controller polls its ranks only to see them die; what they do is seen through the mailbox. Its
 # preemption watcher has nobody to tell.
-TRAIN_CONTROLLER = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+TRAIN_CONTROLLER = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 class RankError(RuntimeError):
@@ -54,6 +60,7 @@ class Mailbox:
     """Async Ray actor between the controller and one group's ranks. Holds only the command in progress."""
 
     def __init__(self, ranks: int) -> None:
+        show_stacks_on_signal()
         self.ranks = ranks
         self.number = 0
         self.command: tuple[int, str, dict[str, Any]] | None = None
@@ -113,10 +120,12 @@ def _serve_rank(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     mailbox = config["mailbox"]
+    show_stacks_on_signal()
     torch.set_num_threads(config["threads"])
-    build, build_config = ray.get(config["job"])
+    build, build_config = ray.get(config["job"], timeout=TELL_S)
     handler = build(rank=rank, ranks=ranks, **build_config)
-    ray.get(mailbox.set_ready.remote(rank, {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}))
+    me = {"pid": os.getpid(), "actor": ray.get_runtime_context().current_actor}
+    ray.get(mailbox.set_ready.remote(rank, me), timeout=TELL_S)
     done, last = 0, (True, None)
     while True:
         command = ray.get(mailbox.next.remote(done), timeout=3 * POLL_S)
@@ -124,15 +133,15 @@ def _serve_rank(config: dict[str, Any]) -> None:
             continue
         number, method, payload = command
         if method == "stop":
-            ray.get(mailbox.reply.remote(rank, number, True, None))
+            ray.get(mailbox.reply.remote(rank, number, True, None), timeout=TELL_S)
             return
         try:
             last = (True, getattr(handler, method)(**payload))
         except Exception:  # told to the controller first, then raised: the group ends with it
-            ray.get(mailbox.reply.remote(rank, number, False, traceback.format_exc()))
+            ray.get(mailbox.reply.remote(rank, number, False, traceback.format_exc()), timeout=TELL_S)
             raise
         done = number
-        ray.get(mailbox.reply.remote(rank, number, *last))
+        ray.get(mailbox.reply.remote(rank, number, *last), timeout=TELL_S)
 
 
 class TrainerGroup:
@@ -166,7 +175,7 @@ class TrainerGroup:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._thread = threading.Thread(
-            target=self._fit, args=(loop, self._ended), daemon=True, name=f"fit-{self.role}"
+            target=self._fit, args=(loop, self._ended), daemon=True, name=f"rlgaf-fit-{self.role}"
         )
         self._thread.start()
         self.info = await self._wait(
@@ -197,15 +206,32 @@ class TrainerGroup:
         finally:
             ray.kill(self.mailbox)
 
-    async def abort(self, timeout_s: float = 20.0) -> None:
-        """End the group without its cooperation: losing the mailbox fails the ranks, and with them the fit
-        thread.
+    def actors(self) -> dict[str, Any]:
+        """Handles of the group's actors by name; its ranks' once they are ready."""
+        ranks = {f"{self.role} rank {rank}": info["actor"] for rank, info in enumerate(self.info)}
+        return {f"{self.role} mailbox": self.mailbox, **ranks}
 
-        To be called before `ray.shutdown`, which a running fit thread does not survive.
+    def ended_by(self) -> str:
+        """What the worker group ended by, without being told to; empty while it runs."""
+        if self._ended is None or not self._ended.done():
+            return ""
+        return f"{self.role} worker group went down: {self._ended.exception() or 'it ended by itself'}"
+
+    async def abort(self) -> None:
+        """End the group without its cooperation: its ranks and mailbox are killed, and with them goes the
+        fit thread. Takes ABORT_S at most; a fit thread that is still there then must not see `ray.shutdown`,
+        which it does not survive.
         """
-        ray.kill(self.mailbox)
+        ending = asyncio.ensure_future(asyncio.to_thread(self._kill))
+        await asyncio.wait({ending}, timeout=ABORT_S)
+        if ending.done():
+            ending.result()
+
+    def _kill(self) -> None:
+        for actor in self.actors().values():
+            ray.kill(actor)
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, timeout_s)
+            self._thread.join(ABORT_S)
 
     def _fit(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[None]") -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

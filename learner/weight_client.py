@@ -177,7 +177,7 @@ class WorkerClient:
                 break
             worker = pending.pop(done[0])
             try:
-                answers[worker.index] = ray.get(done[0])
+                answers[worker.index] = ray.get(done[0], timeout=left)
             except ray.exceptions.RayTaskError as error:
                 self.failures[worker.index] = str(error.cause)
             except ray.exceptions.RayError as error:

@@ -10,6 +10,8 @@ import os
 import threading
 import time
 
+from rollout.stacks import show_stacks_on_signal
+
 PARENT_VARIABLE = "RLGAF_ENGINE_PARENT"
 """Process id of the rollout worker whose children end with it."""
 
@@ -21,6 +23,7 @@ def register() -> None:
     import torch
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    show_stacks_on_signal()
     if torch.cpu._is_amx_tile_supported():
         # Linux lets a process use tiles once it has asked. oneDNN asks at its first large product; vLLM's
         # attention does not, and a small bfloat16 model reaches it first: illegal instruction.

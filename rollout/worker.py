@@ -31,6 +31,7 @@ from rollout.engine import (
     sampling_params,
 )
 from rollout.plugin import PARENT_VARIABLE
+from rollout.stacks import show_stacks_on_signal
 from rollout.trajectory import (
     REQUEST_SCHEMA,
     check_table,
@@ -107,6 +108,7 @@ class RolloutWorker:
 
         Returns index, pid, node_ip, world_size (TP x PP), version, vllm. WorkerError at start_timeout_s.
         """
+        show_stacks_on_signal()
         vllm_version = check_vllm_version()
         os.environ.update(engine_environment(self._rollout, self._device, self._threads))
         os.environ[PARENT_VARIABLE] = str(os.getpid())

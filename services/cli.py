@@ -4,17 +4,20 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rollout.credentials import redacted
 from rollout.data import DataError, require_files
 from rollout.printable import printable
 from services.checkpoint_commands import checkpoints
 from services.config import Config, ConfigError, given, load
 from services.config_text import to_toml
 from services.export import EXPORTED_CONFIG
+from services.waiting import left_behind
 
 app = typer.Typer(
     name="rlgaf",
@@ -283,12 +286,27 @@ def main() -> None:
     """Entry point: user errors become one message on stderr and exit code 2."""
     # Before OpenMP is loaded: it would spin at its barriers, on cores that the run's other processes need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    code = _exit_code()
+    if left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
     try:
         app()
     except (ConfigError, DataError) as error:
         for line in str(error).splitlines():
             print(f"rlgaf: {printable(line)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:  # the top of the program: a call that hangs must not hold it after the traceback
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

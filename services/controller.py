@@ -49,6 +49,7 @@ class Controller:
         self.step = 0
         self.running = False
         self.stopping = False
+        self._alongside: asyncio.TaskGroup
         self._generating: dict[int, asyncio.Task[pa.Table]] = {}
         self._rates: dict[int, float] = {}
         """Response tokens per second of the generation that a step's batch came from."""
@@ -60,8 +61,16 @@ class Controller:
         """What the last finished turn lets the policy do."""
 
     async def run(self, every_step: Callable[[int], Any]) -> None:
-        """Train to `run.steps`; `every_step(step)` is awaited after each (evaluation, checkpoints)."""
+        """Train to `run.steps`; `every_step(step)` is awaited after each (evaluation, checkpoints). What goes
+        on alongside and fails ends the loop at once, whatever the loop waits for."""
         self.running = True
+        try:
+            async with asyncio.TaskGroup() as self._alongside:
+                await self._loop(every_step)
+        except* Exception as failed:
+            raise failed.exceptions[0] from None
+
+    async def _loop(self, every_step: Callable[[int], Any]) -> None:
         while not self.finished and not self.stopping:
             batch = await self.generate()
             scored = await self.score(batch)
@@ -83,7 +92,7 @@ class Controller:
         last = min(self.step + self.config.run.max_policy_lag, self.config.run.steps - 1)
         for step in range(self.step, last + 1):
             if step not in self._generating:
-                self._generating[step] = asyncio.create_task(self._generate(step))
+                self._generating[step] = self._alongside.create_task(self._generate(step))
         with self.timer("generate"):
             batch = await self._generating.pop(self.step)
         self._cursors.pop(self.step)
@@ -147,7 +156,7 @@ class Controller:
         """Queue this step's discriminator turn; turns run one after another while the policy goes on. Returns
         the metrics of the first finished one that no step has reported, empty where there is none."""
         earlier = self._turns[-1] if self._turns else None
-        self._turns.append(asyncio.create_task(self._discriminate(batch, self.step, earlier)))
+        self._turns.append(self._alongside.create_task(self._discriminate(batch, self.step, earlier)))
         return self._untold.popleft() if self._untold else {}
 
     async def _discriminate(self, batch: pa.Table, step: int, earlier: "asyncio.Task[None] | None") -> None:

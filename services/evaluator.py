@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from rollout.files import put_in_place, whole_folder
 from services.answers import first_prompts, human_answers, side_by_side
 from services.config import Config
+from services.evaluation import extra_measures
 from services.evaluation.embed import Embedder, make_embedder
 from services.evaluation.evaluate import evaluate_texts, human_row, selection_key
 from services.evaluation.extra_measures import Answers, load_extra_measures, with_extra_measures
@@ -29,6 +30,7 @@ from services.evaluation.monitors import evaluation_monitors
 from services.policy_side import PolicySide
 from services.report import write_samples
 from services.run_folder import BEST_RECORD, Best, read_best
+from services.waiting import within
 
 Row = dict[str, Any]
 BEST = ("best", "samples/test-best.parquet", BEST_RECORD)
@@ -67,7 +69,7 @@ class Evaluator:
             texts["model"].to_pylist(),
             texts["human"].to_pylist(),
             self._train,
-            self._embed(),
+            await asyncio.to_thread(self._embed),
             seed=self.config.evaluation.seed,
         )
         human = await self.system.human_nll(split, prompts)
@@ -109,7 +111,7 @@ class Evaluator:
             self._train,
             least,
             self.config.evaluation,
-            self._embed(),
+            await asyncio.to_thread(self._embed),
         )
         rows["human"] = await self._with_extra(row, texts, "human", least, split, prompts)
         return rows
@@ -196,7 +198,7 @@ class Evaluator:
             self._train,
             nll,
             self.config.evaluation,
-            self._embed(),
+            await asyncio.to_thread(self._embed),
         )
 
     async def _with_extra(
@@ -215,7 +217,8 @@ class Evaluator:
             nll=nll,
             human_tokens=pc.mean(pc.list_value_length(human["response_ids"])).as_py(),
         )
-        return await asyncio.to_thread(with_extra_measures, row, self._extra, answers)
+        measuring = asyncio.to_thread(with_extra_measures, row, self._extra, answers)
+        return await within(extra_measures.DEADLINE_S, extra_measures.FIELD, measuring)
 
     def _embed(self) -> Embedder | None:
         settings = self.config.evaluation

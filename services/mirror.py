@@ -10,6 +10,7 @@ the run that made it, by an identity that both folders hold; another run of its 
 import os
 import threading
 import uuid
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
 from pyarrow import fs
@@ -18,6 +19,7 @@ from rollout.files import inside, whole_file, write_whole
 from services.checkpoint import MANIFEST, CheckpointError, Checkpoints, step_of
 from services.config import Config, ConfigError
 from services.run_folder import BEST_RECORD
+from services.waiting import bounded
 
 CHECKPOINTS = "checkpoints"
 IDENTITY = "run.id"
@@ -170,13 +172,14 @@ def fetch_newer(config: Config, step: int | None = None) -> int | None:
     Raises:
         ConfigError: a wrong URL, or the storage cannot be read.
     """
-    mirror = Mirror(config.folder, config.run.mirror)
+    mirror, limit = Mirror(config.folder, config.run.mirror), config.run.mirror_timeout_s
     here = _whole_step(mirror.folder, None)
     try:
-        for there in reversed(mirror.steps()):
+        for there in reversed(bounded(limit, "listing it", mirror.steps)):
             if there <= here if step is None else there != step or _whole_step(mirror.folder, step) == step:
                 continue
-            mirror.pull(there, rest=step is None or here < 0)
+            rest = step is None or here < 0
+            bounded(limit, "fetching it", partial(mirror.pull, there, rest=rest))
             if _whole_step(mirror.folder, there) == there:
                 return there
     except (OSError, ValueError) as error:
@@ -199,10 +202,10 @@ def check_mirror(config: Config, *, new: bool) -> None:
     Raises:
         ConfigError: names what it is.
     """
-    mirror = Mirror(config.folder, config.run.mirror)
+    mirror, limit = Mirror(config.folder, config.run.mirror), config.run.mirror_timeout_s
     try:
-        used = new and not mirror.empty()
-        mirror.try_writing()
+        used = new and not bounded(limit, "listing it", mirror.empty)
+        bounded(limit, "writing to it", mirror.try_writing)
     except OSError as error:
         raise ConfigError(f'run.mirror = "{config.run.mirror}" cannot be read or written: {error}') from None
     if used:

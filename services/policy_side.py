@@ -108,13 +108,30 @@ class PolicySide:
             step_timeout_s=section.step_timeout_s,
         )
 
+    def groups(self) -> list[TrainerGroup]:
+        """The training groups there are by now."""
+        return self._groups
+
+    def actors(self) -> dict[str, Any]:
+        """Handles of the run's actors by name, as they are now."""
+        workers = self.fleet.actors if self._groups else []
+        named = {f"rollout worker {i}": worker for i, worker in enumerate(workers)}
+        for group in self._groups:
+            named |= group.actors()
+        return named
+
     async def stop(self) -> None:
         """End what has an orderly end; the rest goes with the Ray job."""
         await asyncio.gather(*(group.stop() for group in self._groups))
 
-    async def abort(self) -> None:
-        """End everything after a failure, whatever state it is in."""
-        await asyncio.gather(*(group.abort() for group in self._groups))
+    async def abort(self) -> list[str]:
+        """End everything after a failure, whatever state it is in; returns what did not end within
+        ABORT_S."""
+        ended = await asyncio.gather(*self._aborting(), return_exceptions=True)
+        return [str(error) for error in ended if isinstance(error, BaseException)]
+
+    def _aborting(self) -> list[Awaitable[None]]:
+        return [group.abort() for group in self._groups]
 
     # What the loops and the evaluation ask for
 

@@ -112,7 +112,7 @@ class RunMetrics:
         """Repeat no more. Harmless when repeated, or without `begin`."""
         self._closed.set()
         if self._repeating.is_alive():
-            self._repeating.join(timeout=REPEAT_EVERY_S + 5)  # a daemon: it may stay behind
+            self._repeating.join(timeout=REPEAT_EVERY_S + 1)  # a daemon: it may stay behind
 
     def step(self, row: Row, previous: Row | None) -> None:
         """Set everything that the step's row has."""

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from rich.console import Console
 from rollout.credentials import redacted
 from rollout.data import DataSplits
 from rollout.files import write_whole
+from rollout.printable import printable
 from rollout.templates import Renderer
 from services.checkpoint import CONFIG, CheckpointError, Found
 from services.config import Config
 from services.config_text import to_toml
+from services.ending import FAILED, STILL_S, Deadman, first_end, handle_signals
 from services.lease import Lease
+from services.liveness import DeadProcess, LifeSigns
 from services.methods import method_title
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.mirror import Mirror
@@ -28,6 +32,7 @@ from services.ray_metrics import RunMetrics
 from services.resume_rules import settled
 from services.run_folder import BEGIN_ANEW, checkpoints_of, data_digests
 from services.saving import Saver
+from services.waiting import DaemonThreads
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
     from services.watching.watch import Watch
 
 INTERRUPTED = 130
-FAILED = 1
 
 
 class RunLife:
@@ -85,6 +89,7 @@ class RunLife:
         self.exported = RunMetrics(config)
         self.tracker = tracker
         self.system, self.controller, self.watch = self._parts(plan, splits, renderer, start)
+        self.signs = LifeSigns(self.system.actors, self.system.groups, self.display.note, config.folder)
         self.evaluator = Evaluator(config, self.system, self.display.note)
 
     def _parts(
@@ -106,52 +111,69 @@ class RunLife:
         return system, controller, Watch(self.config, system)
 
     async def main(self) -> int:
-        """Start, train, report; every way out ends the processes."""
+        """Start, train, report; every way out ends the processes, and none waits for what hangs."""
         from services.sampler_check import SamplerError
         from services.watching.auditor import ShortcutRefusal
 
-        loop = asyncio.get_running_loop()
+        asyncio.get_running_loop().set_default_executor(DaemonThreads())
         work = asyncio.ensure_future(self._work())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt, work, number)
+        deadman = Deadman(max(STILL_S, self.config.learner.step_timeout_s), self.display.note)
+        handle_signals(partial(self._interrupt, work))
         try:
-            return await work
+            return await first_end(work, asyncio.ensure_future(self.signs.watch(deadman.beat)))
         except asyncio.CancelledError:
             self.console.print("stopped; the last finished checkpoint stays")
-            await self.system.abort()
+            await self._abort()
             return INTERRUPTED
         except (ShortcutRefusal, SamplerError, CheckpointError) as refusal:
             self.console.print(str(refusal), markup=False)
-            await self.system.abort()
+            await self._abort()
             return FAILED
-        except Exception:  # the top of the program: the whole traceback, then an orderly end and exit code 1
+        except Exception as error:  # the top of the program: all that is known, an orderly end, exit code 1
             print(redacted(traceback.format_exc()), file=sys.stderr)
+            signs = redacted(await self.signs.post_mortem(error))
+            self.console.print(printable(signs), markup=False, highlight=False)
             steps = self.checkpoints.steps()
             self.console.print(
                 f"the run failed; --resume goes on from step {steps[-1]}"
                 if steps
                 else f"the run failed before a checkpoint; {BEGIN_ANEW}"
             )
-            await self.system.abort()
+            await self._abort()
             return FAILED
         finally:
+            deadman.close()
             self.exported.close()
             self.log.close()
 
+    async def _abort(self) -> None:
+        for problem in await self.system.abort():
+            self.console.print(f"at the end: {problem}", markup=False)
+
     def _interrupt(self, work: "asyncio.Future[int]", number: int) -> None:
         again, self.interrupted = self.interrupted, True
-        if again and number == signal.SIGTERM:
+        if again and number != signal.SIGINT:
             return  # a stopped job on a pod that ends gets it twice, from Ray and from the pod's hook
         if self.controller.stopping or not self.controller.running:
             work.cancel()
             return
         self.controller.stopping = True
-        self.display.note("stopping after this step with a checkpoint; once more to stop at once")
+        self.promising = asyncio.ensure_future(self._promise())
+
+    async def _promise(self) -> None:
+        """Promise a checkpoint if all that it needs is there; a death ends the run by itself."""
+        try:
+            silent = await self.signs.unanswering()
+        except DeadProcess:
+            return
+        doubt = f", if {' and '.join(silent)} answers in time" if silent else ""
+        self.display.note(f"stopping after this step with a checkpoint{doubt}; once more to stop at once")
 
     async def _work(self) -> int:
         with self.display:
             self.exported.begin()
             await self.system.start(self.display.note)
+            self.signs.up = True
             self.watching = asyncio.create_task(self.exported.watch_workers(lambda: self.system.fleet.actors))
             if self.found is not None:
                 await self._load(self.found)
@@ -163,18 +185,34 @@ class RunLife:
                 await self._save(must=not self.controller.finished)
             self.controller.running = False  # a resume repeats what follows: a signal ends it at once
             if self.controller.stopping or not self.controller.finished:
-                await self.system.stop()
                 self.display.note(f"stopped at step {self.controller.step}; go on with --resume")
+                await self._stop()
                 return INTERRUPTED
             evaluation = await self.evaluator.finish(self.controller.step)
             await self._export_discriminator()
-            memory = await self.system.memory()
-            await self.system.stop()
+            memory = await self._memory()
         self._report(evaluation, memory)
-        if await self._copy():
-            return 0
-        self.console.print(f"the run is whole in {self.config.folder}, its copy is not")
-        return FAILED
+        whole = await self._copy()
+        if not whole:
+            self.console.print(f"the run is whole in {self.config.folder}, its copy is not")
+        await self._stop()
+        return 0 if whole else FAILED
+
+    async def _memory(self) -> dict[str, float]:
+        try:
+            return await self.system.memory()
+        except RuntimeError as error:  # no reason to lose the report
+            self.display.note(f"memory is not known: {error}")
+            return {}
+
+    async def _stop(self) -> None:
+        """End the processes in order; what was done is written by now and counts whatever happens here."""
+        self.signs.expect_ends()
+        try:
+            await self.system.stop()
+        except Exception as error:
+            self.console.print(f"at the end: {error}", markup=False)
+            await self._abort()
 
     async def _begin(self) -> None:
         await self.watch.begin(self.display.note)

@@ -28,6 +28,7 @@ from discriminator.scorer import Scorer
 from discriminator.versions import UnknownVersion
 from learner.environment import worker_environment
 from learner.memory import memory_mib
+from rollout.stacks import show_stacks_on_signal
 
 Group = tuple[str, list[tuple[str, bool]]]
 """A prompt's text and its responses, each (text, complete)."""
@@ -136,6 +137,7 @@ class ScoringReplica:
     ) -> None:
         import torch
 
+        show_stacks_on_signal()
         torch.set_num_threads(threads)
         self.scorer = Scorer(config, model, model_dtype=model_dtype)
         self.versions = versions

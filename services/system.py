@@ -4,7 +4,7 @@ generate, score, learn, sync, discriminate. Failures: see `services.policy_side`
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from discriminator.preferences import PreferenceSides, for_preferences, preferen
 from discriminator.rank import DiscriminatorRank
 from discriminator.soft import SoftJudge, soft_judge
 from discriminator.versions import VersionStore
-from learner.trainer import TrainerGroup
+from learner.trainer import ABORT_S, TrainerGroup
 from rollout.data import DataSplits
 from rollout.prompts import PromptSource
+from rollout.stacks import show_stacks_on_signal
 from rollout.templates import Renderer
 from services.budget import response_tokens
 from services.config import Config
@@ -34,7 +35,7 @@ from services.saving import all_written
 from services.scoring import deploy
 from services.waiting import within
 
-BUFFER_S = 120.0
+STOP_S = 60.0
 
 REQUESTS_PER_REPLICA = 2
 """Scoring requests sent at once, for each replica: while one is in the forward pass another is encoded."""
@@ -62,6 +63,8 @@ class System(PolicySide):
         """The process that listens for requests from outside, which ends with this one, and its URL."""
         # A request's deadline counts from its sending, so no more are sent than a replica soon begins.
         self._in_flight = asyncio.Semaphore(REQUESTS_PER_REPLICA * self._scoring.replicas)
+        self._deployed = False
+        """Whether Serve may have the app already, or still."""
         self.prompts = PromptSource(
             splits.rollout_prompts(), renderer.encode, config.sampling.group_size, config.run.seed
         )
@@ -83,6 +86,8 @@ class System(PolicySide):
         self.versions = ray.remote(VersionStore).options(num_cpus=0).remote(config.run.max_disc_lag + 2)
         policy = self._start_policy(say)
         self.buffer = ray.remote(ReplayBuffer).options(num_cpus=0).remote(config.discriminator.buffer)
+        for actor in (self.versions, self.buffer):
+            actor.__ray_call__.remote(_show_stacks)
         self.discriminator = TrainerGroup(
             "discriminator",
             DiscriminatorRank,
@@ -90,6 +95,7 @@ class System(PolicySide):
             self._group_plan("discriminator"),
         )
         self._groups.append(self.discriminator)
+        self._deployed = True
         deployed = within(config.discriminator.start_timeout_s, "scoring", asyncio.to_thread(self._deploy))
         *_, self.scorer = await asyncio.gather(
             *policy, up(say, "discriminator", self.discriminator.start()), up(say, "scoring", deployed)
@@ -149,20 +155,24 @@ class System(PolicySide):
             self.door = open_door(handle, config.scoring)
         return handle
 
+    def actors(self) -> dict[str, Any]:
+        """Handles of the run's actors by name, as they are now."""
+        shared = {"replay buffer": self.buffer, "version store": self.versions} if self._groups else {}
+        return super().actors() | shared
+
     async def stop(self) -> None:
         """End what has an orderly end; the rest goes with the Ray job."""
+        await asyncio.gather(super().stop(), self._delete_app(STOP_S, wait=True))
+
+    def _aborting(self) -> list[Awaitable[None]]:
+        return [*super()._aborting(), self._delete_app(ABORT_S, wait=False)]
+
+    async def _delete_app(self, timeout_s: float, *, wait: bool) -> None:
         from ray import serve
 
-        await super().stop()
-        await asyncio.to_thread(serve.delete, self.app)
-
-    async def abort(self) -> None:
-        """End everything after a failure, whatever state it is in."""
-        from ray import serve
-
-        await super().abort()
-        if self.scorer is not None:
-            await asyncio.to_thread(serve.delete, self.app)
+        if self._deployed:
+            deleting = asyncio.to_thread(serve.delete, self.app, _blocking=wait)
+            await within(timeout_s, f"ending the scoring service {self.app}", deleting)
 
     # The controller's words
 
@@ -222,7 +232,7 @@ class System(PolicySide):
             return metrics[0]
         return {
             **metrics[0],
-            "buffer": await within(BUFFER_S, "asking the replay buffer", self.buffer.stats.remote()),
+            "buffer": await self._buffered("asking", self.buffer.stats.remote()),
         }
 
     def _demonstrated(self, rollouts: pa.Table) -> pa.Table:
@@ -234,10 +244,13 @@ class System(PolicySide):
     async def _replayed(self, batch: pa.Table, step: int) -> pa.Table:
         """Put a step's rollouts into the replay buffer, and draw from it what the turn trains on."""
         settings, seed = self.config.discriminator, self.config.run.seed
-        await within(BUFFER_S, "adding to the replay buffer", self.buffer.add.remote(batch, step))
+        await self._buffered("adding to", self.buffer.add.remote(batch, step))
         wanted = settings.batch_size * settings.steps_per_policy_step
         draw = self.buffer.sample.remote(wanted, step=step, seed=seed)
-        return await within(BUFFER_S, "sampling the replay buffer", draw)
+        return await self._buffered("sampling", draw)
+
+    async def _buffered(self, what: str, call: Any) -> Any:
+        return await within(self._scoring.timeout_s, f"{what} the replay buffer", call)
 
     # Before, between and after
 
@@ -310,7 +323,7 @@ class System(PolicySide):
             self.learner.call("save", timeout_s=timeout, folder=str(folder / "learner")),
             self.discriminator.call("save", timeout_s=timeout, folder=str(folder / "discriminator")),
             within(
-                BUFFER_S, "saving the replay buffer", self.buffer.dump.remote(str(folder / "buffer.parquet"))
+                timeout, "saving the replay buffer", self.buffer.dump.remote(str(folder / "buffer.parquet"))
             ),
         )
         return {"policy_version": self.policy_version, "disc_version": self.disc_version}
@@ -327,7 +340,11 @@ class System(PolicySide):
                 "load", timeout_s=timeout, folder=str(folder / "discriminator"), version=self.disc_version
             ),
             within(
-                BUFFER_S, "loading the replay buffer", self.buffer.load.remote(str(folder / "buffer.parquet"))
+                timeout, "loading the replay buffer", self.buffer.load.remote(str(folder / "buffer.parquet"))
             ),
         )
         await self.sync(self.policy_version)
+
+
+def _show_stacks(_: object) -> None:
+    show_stacks_on_signal()

@@ -20,6 +20,8 @@ from discriminator.user_function import UserFunctionError, load_user_function
 from services.config import ConfigError
 
 FIELD = "evaluation.extra_measures"
+DEADLINE_S = 1800.0
+"""Of one call of the function: it runs in the driver, where a run would wait for it for ever."""
 
 
 @dataclass(frozen=True)

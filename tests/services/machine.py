@@ -59,6 +59,8 @@ class Machine:
         """Groups that come back that many versions older than they are."""
         self.breaks: int | None = None
         """Step whose generation fails."""
+        self.misjudges: int | None = None
+        """Step whose discriminator turn fails."""
 
     async def _busy(self, what: str, step: int) -> None:
         self.events.append((f"{what} begins", step))
@@ -127,6 +129,8 @@ class Machine:
     async def discriminate(self, batch: pa.Table, step: int) -> dict[str, Any]:
         self.judged.append(step)
         await self._busy("discriminate", step)
+        if step == self.misjudges:
+            raise ConnectionError("discriminator gone")
         self.disc_version = step + 1
         return {"turn": float(step)}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,3 +167,25 @@ def test_every_row_of_an_evaluation_gets_the_measures(tiny_model: Path, tmp_path
         assert found["prompt_letters"] == 40 * 6
     assert closing["last"]["step"] == 3
     assert pq.read_schema(tmp_path / "run" / "samples" / "test-last.parquet").names == TEXTS.names
+
+
+def test_a_function_that_hangs_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr("services.evaluation.extra_measures.DEADLINE_S", 0.2)
+    evaluator: Any = Evaluator.__new__(Evaluator)
+    evaluator._extra, evaluator._train = lambda answers: never.wait(20), ["d"]
+    evaluator.config = load(None, ["--policy.model=m", "--data.demonstrations=d"])
+    evaluator.system = SimpleNamespace(renderer=None)
+    human = pa.table({"response_ids": [[1, 2]]})
+    monkeypatch.setattr("services.evaluator.human_answers", lambda *_: human)
+    monkeypatch.setattr("services.evaluator.first_prompts", lambda split, prompts: split)
+    texts = pa.table({"prompt": ["p"], "human": ["h"], "model": ["m"]})
+
+    async def asked() -> None:
+        try:
+            await evaluator._with_extra({}, texts, "model", 1.5, human, 1)
+        finally:
+            never.set()
+
+    with pytest.raises(RuntimeError, match=r"evaluation\.extra_measures did not finish within"):
+        asyncio.run(asked())
