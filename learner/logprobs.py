@@ -215,8 +215,8 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
         entered.append(states)
         return logits
 
-    body.forward = lambda *_, **__: _Output(last_hidden_state=hidden)
-    projection.forward = project  # type: ignore[method-assign]
+    body.forward = lambda *_, **__: _Output(last_hidden_state=hidden)  # type: ignore[arg-type]
+    projection.forward = project  # type: ignore[method-assign, assignment]
     try:
         left = model(input_ids=torch.zeros(1, 72, dtype=torch.int64), use_cache=False).logits
     finally:
