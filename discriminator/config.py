@@ -165,7 +165,7 @@ class DiscriminatorConfig(OptimizerConfig):
     et al. 2015; the same distortion of both sides, Karras et al. 2020, arXiv 2006.06676)."""
 
     packing: bool = True
-    """Compute a prompt once for all its responses (causal bodies with full attention; others are refused)."""
+    """Compute a prompt once for all its responses. As `learner.packing`; encoders never share a prompt."""
 
     pack_length: PositiveInt = 512
     """Rows of a packed batch are filled up to this many tokens (or the longest single prompt plus

@@ -25,7 +25,8 @@ class LoraConfig(Section):
     """Adapters are scaled by alpha / rank."""
 
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the linear modules that get an adapter; `all-linear` means every linear layer but the head."""
+    """Names of the linear modules that get an adapter; `all-linear` means every linear layer but the head.
+    Modules that are not linear (embeddings, stacked experts) and the head are refused."""
 
 
 class OptimizerConfig(Section):
@@ -161,8 +162,8 @@ class LearnerConfig(OptimizerConfig):
     """How scored trajectories become new policy weights."""
 
     packing: bool = True
-    """Compute a group's prompt once and share it among its responses. Needs full causal attention; a model
-    without it is refused with a message that asks to switch this off."""
+    """Compute a group's prompt once and share it among its responses. Needs full causal attention. Switched
+    off, models with sliding windows, ALiBi or recurrent layers are computed too, a response in a row."""
 
     pack_length: PositiveInt = 512
     """Longest packed row in tokens (a longer single prompt plus response still gets a row). A group that is

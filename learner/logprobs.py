@@ -215,15 +215,16 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
         entered.append(states)
         return logits
 
-    body.forward = lambda *_, **__: _Output(last_hidden_state=hidden)
-    projection.forward = project  # type: ignore[method-assign]
+    body.forward = lambda *_, **__: _Output(last_hidden_state=hidden)  # type: ignore[arg-type]
+    projection.forward = project  # type: ignore[method-assign, assignment]
+    plain = False
     try:
         left = model(input_ids=torch.zeros(1, 72, dtype=torch.int64), use_cache=False).logits
+        plain = torch.equal(entered[0].float(), hidden) and torch.equal(left.float(), logits)
+    except RuntimeError:  # a layer of another width, or without weights, stands before the output layer
+        pass
     finally:
         del body.forward, projection.forward
-    plain = (
-        len(entered) == 1 and torch.equal(entered[0].float(), hidden) and torch.equal(left.float(), logits)
-    )
     if not plain:
         raise ValueError(
             f"{kind} transforms its logits before or after the output layer (a soft cap or scale), which the "

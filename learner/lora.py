@@ -70,7 +70,7 @@ class FoldedLayer(Linear):  # type: ignore[misc]
             return self.get_base_layer()(x)
         return _Folded.apply(x, self.get_base_layer().bias, *self.fold_arguments())  # type: ignore[no-any-return]
 
-    def fold_arguments(self) -> tuple[Tensor, Tensor, Tensor, float, torch.dtype, bool]:
+    def fold_arguments(self) -> tuple[Any, ...]:
         """What `_folded` takes."""
         (name,) = self.active_adapters
         base = self.get_base_layer()

@@ -128,7 +128,8 @@ def _shape(policy: PolicyConfig) -> "PreTrainedConfig":
 
 
 def _check_vocabulary(model: "PreTrainedModel", tokenizer: Any) -> None:
-    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    embedding: Any = model.get_input_embeddings()
+    rows, last = embedding.weight.shape[0], max(tokenizer.get_vocab().values())
     if last >= rows:
         raise DataError(
             f"vocabulary mismatch: the tokenizer has a token {last}, and the model's embedding {rows} rows; "
