@@ -24,7 +24,6 @@ def begin(configuration: Path, output: Path, seed: int) -> "subprocess.Popen[str
         "run.exact": "true",
         "run.steps": 2,
         "evaluation.every": 2,
-        "evaluation.look_every": 0,
     }
     output.mkdir()
     with (output / "log").open("w") as log:
