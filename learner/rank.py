@@ -26,6 +26,8 @@ from rollout.templates import end_of_response_id, eos_ids, load_tokenizer
 if TYPE_CHECKING:
     from learner.weight_sender import WeightSender
 
+KEPT = "kept"
+
 
 class LearnerRank:
     """Handler of one learner rank (see `learner.trainer`). `judge` makes the judge of `learner.gumbel`."""
@@ -139,16 +141,13 @@ class LearnerRank:
         """Write the learner's part of a checkpoint."""
         self.learner.save(Path(folder))
         if self.kept.taken:
-            self.kept.save(self._kept_file(folder))
+            self.kept.save(Path(folder) / KEPT)
 
     def load(self, folder: str) -> None:
         """Continue from the learner's part of a checkpoint."""
         self.learner.load(Path(folder))
-        if self._kept_file(folder).is_file():
-            self.kept.load(self._kept_file(folder))
-
-    def _kept_file(self, folder: str) -> Path:
-        return Path(folder) / f"kept-{self.rank}.pt"
+        if (Path(folder) / KEPT).is_dir():
+            self.kept.load(Path(folder) / KEPT, self.learner.trainable)
 
     def export(self, folder: str) -> None:
         """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did."""
