@@ -175,10 +175,9 @@ class TrainableModel:
     ) -> dict[str, float]:
         """One optimizer update from this rank's micro-batches, its learning rate scaled by `lr_factor`. At 0
         they are only looked at: weights, moments and schedule stay, and `grad_norm` is 0. Returns sums and
-        maxima over all of the step's micro-batches and ranks, `grad_norm` (before clipping) and `lr`.
-
-        Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any
-        more.
+        maxima over all of the step's micro-batches and ranks, `grad_norm` (before clipping), `lr`, and
+        `skipped`: 1 when loss or gradient of some rank were not finite. Weights, moments and schedule then
+        stay as they were, on all ranks.
         """
         learns = lr_factor > 0
         self.engine.train(learns)
@@ -191,7 +190,7 @@ class TrainableModel:
             with torch.set_grad_enabled(learns):
                 out = loss_fn(self.engine, batch)
             if learns:
-                self.engine.backward(out.loss * self.ranks)
+                self.engine.backward(out.loss * self._weight_of(out.loss))
             for name, value in out.sums.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
             for name, value in out.maxima.items():
@@ -199,13 +198,24 @@ class TrainableModel:
                 maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
         grad_norm = self._update() if learns else 0.0
         metrics = self.reduce(sums, "sum") | self.reduce(maxima, "max")
-        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor}
+        skipped = float(math.isnan(grad_norm))
+        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor, "skipped": skipped}
+
+    def _weight_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """The number of ranks; NaN for a loss that is not finite, whose gradient may be: then that is not
+        either, and all ranks see it in the norm."""
+        bad = ~torch.isfinite(loss.detach())
+        return torch.full_like(loss.detach(), self.ranks).masked_fill(bad, math.nan)
 
     def _update(self) -> float:
+        """The gradient's norm; NaN when it is not finite, which DeepSpeed looks at before the optimizer."""
         self.engine.step()
+        if not self.engine.was_step_applied():
+            log.warning("update %d was skipped: loss or gradient is not finite", self.updates)
+            return math.nan
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"update {self.updates}: gradient norm is {grad_norm}")
+            raise FloatingPointError(f"update {self.updates} was made with a gradient norm of {grad_norm}")
         self.updates += 1
         return grad_norm
 
@@ -233,8 +243,8 @@ class TrainableModel:
             yield
 
     def require_finite(self) -> None:
-        """Collective. Raises FloatingPointError on every rank when some rank's trained weights are not finite:
-        they are then neither saved, sent nor published."""
+        """Raises FloatingPointError on every rank when a trained weight is not finite on some rank: nothing is
+        then saved, sent or published. Collective."""
         bad = next((name for name, weight in trained_weights(self.module) if not _finite(weight)), None)
         found = torch.tensor(0.0 if bad is None else 1.0, device=self.device)
         torch.distributed.all_reduce(found)
