@@ -243,8 +243,8 @@ class TrainableModel:
             yield
 
     def require_finite(self) -> None:
-        """Raises FloatingPointError on every rank when a trained weight is not finite on some rank: nothing is
-        then saved, sent or published. Collective."""
+        """Collective. Raises FloatingPointError on every rank when a trained weight is not finite on some
+        rank: nothing is then saved, sent or published."""
         bad = next((name for name, weight in trained_weights(self.module) if not _finite(weight)), None)
         found = torch.tensor(0.0 if bad is None else 1.0, device=self.device)
         torch.distributed.all_reduce(found)

@@ -110,7 +110,8 @@ class PolicyLearner:
         also `prompt_text` and `disc_version`, with `absorbing_end` also `last_reward`, and `response_reward`
         where there is one. `lr_factor` scales
         this step's learning rate; at 0 policy and critic stay as they are. Returns metrics that are equal on
-        all ranks but for the seconds. Raises ValueError for a table without a response token.
+        all ranks but for the seconds; the share `skipped` of its updates was not finite. Raises ValueError
+        for a table without a response token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -190,7 +191,8 @@ class PolicyLearner:
             metrics["critic_explained"] = explained_variance(values, returns)
         if reference is not None:
             metrics["kl_coef"] = self.kl_coef
-        if cfg.kl_target is not None and lr_factor > 0 and metrics["importance_mean"] > 0:
+        told_kl = metrics["skipped"] == 0 and metrics["importance_mean"] > 0
+        if cfg.kl_target is not None and lr_factor > 0 and told_kl:
             kl = metrics["kl"] / metrics["importance_mean"]  # masked tokens say nothing, and not that it is 0
             self.kl_coef = adapted_coefficient(self.kl_coef, kl, cfg.kl_target, cfg.kl_gain)
         padded = sum(b.input_ids.numel() for b in batches if b.weight.any())

@@ -119,11 +119,13 @@ class LearnerRank:
 
     def sync(self, version: int | None) -> dict[str, Any]:
         """Broadcast the weights as `version`, by default the one they have: whoever replaces a worker does
-        not know whether an update comes first. A failure of workers is an answer, not an exception: the
+        not know whether an update comes first. Raises FloatingPointError before anything is sent when some
+        are not finite. A failure of workers is an answer, not an exception: the
         learner is well, and the controller replaces them. Returns timings, or the indices of workers to
         replace and `error`.
         """
         assert self.sender is not None, "connect() first"
+        self.learner.trainable.require_finite()
         if version is not None:
             self.version = version
         try:
@@ -150,7 +152,9 @@ class LearnerRank:
             self.kept.load(Path(folder) / KEPT, self.learner.trainable)
 
     def export(self, folder: str) -> None:
-        """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did."""
+        """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did.
+        Raises FloatingPointError for weights that are not finite."""
+        self.learner.trainable.require_finite()
         self.learner.export(Path(folder))
         if self.rank == 0:
             from transformers import GenerationConfig

@@ -19,6 +19,7 @@ from services.lease import Lease
 from services.methods import method_title
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.mirror import Mirror
+from services.not_finite import NotFiniteError
 from services.plan import ResourcePlan
 from services.ray_metrics import RunMetrics
 from services.run_folder import BEGIN_ANEW
@@ -66,6 +67,7 @@ class RunLife:
         self.row: dict[str, Any] = {}
         """Metrics of the step that was just made; written once its evaluation, where one is due, is known."""
         self.interrupted = False
+        self.rollbacks = 0
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
         start = checkpoints.steps()[-1] if resume else 0
@@ -115,19 +117,25 @@ class RunLife:
             self.console.print(str(refusal), markup=False)
             await self.system.abort()
             return FAILED
+        except NotFiniteError as error:
+            self.console.print(str(error), markup=False)
+            self.console.print(self._way_on("the run ended"))
+            await self.system.abort()
+            return FAILED
         except Exception:  # the top of the program: the whole traceback, then an orderly end and exit code 1
             traceback.print_exc()
-            steps = self.checkpoints.steps()
-            self.console.print(
-                f"the run failed; --resume goes on from step {steps[-1]}"
-                if steps
-                else f"the run failed before a checkpoint; {BEGIN_ANEW}"
-            )
+            self.console.print(self._way_on("the run failed"))
             await self.system.abort()
             return FAILED
         finally:
             self.exported.close()
             self.log.close()
+
+    def _way_on(self, what: str) -> str:
+        steps = self.checkpoints.steps()
+        if steps:
+            return f"{what}; --resume goes on from step {steps[-1]}"
+        return f"{what} before a checkpoint; {BEGIN_ANEW}"
 
     def _interrupt(self, work: "asyncio.Future[int]", number: int) -> None:
         again, self.interrupted = self.interrupted, True
@@ -206,8 +214,26 @@ class RunLife:
             with self.controller.timer("look"):
                 self.row["monitor"] = await self.evaluator.look()
         self._record(step)
-        if run.checkpoint_every and step % run.checkpoint_every == 0:
+        await self._check_finite()
+        due = run.checkpoint_every and step % run.checkpoint_every == 0
+        if due and not self.controller.not_finite.active:
             await self._save()
+
+    async def _check_finite(self) -> None:
+        """Go back to the last checkpoint's weights at the limit of steps left out, where the run may."""
+        account = self.controller.not_finite
+        try:
+            account.check()
+        except NotFiniteError as error:
+            newest = self.checkpoints.newest()
+            if self.rollbacks >= self.config.run.rollbacks or newest is None:
+                raise
+            self.rollbacks += 1
+            self.display.note(f"{error}; going back to the weights of {newest.name}")
+            await self.controller.quiesce()
+            await asyncio.to_thread(verify, newest)
+            await self.system.reload(newest)
+            account.in_a_row.clear()
 
     async def _evaluate(self, step: int) -> None:
         with self.controller.timer("evaluate"):
@@ -329,6 +355,7 @@ class RunLife:
             "wall_seconds": wall,
             "responses": self.controller.ledger.check(),
             **self.controller.facts(),
+            "not_finite": dict(self.controller.not_finite.counts),
             "budget": budget,
             "warm_up": self.warm,
             "demonstrations": self.system.splits.train.num_rows,
