@@ -43,6 +43,7 @@ from learner.early_stopping import EarlyStopping
 from learner.engine import TrainableModel, resolve_device, resolve_dtype
 from learner.packing import Group, PackedBatch, pad_batches, split_for_ranks
 from learner.snapshot import Snapshot
+from learner.whole_state import read_json
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +168,8 @@ class DiscriminatorTrainer:
         Returns:
             Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm, skipped; their
             sum of `tokens_trained` (prompts once a step, and responses); `steps` and `health` (-1 boost, 0
-            train, 1 slow, 2 paused), with `health.pause_policy` also `policy_factor`, which the policy's next learning
-            rate is multiplied by. Only the last three when there was no step; `steps` = 0 alone with
+            train, 1 slow, 2 paused), with `health.pause_policy` also `policy_factor`, which the policy's next
+            learning rate is multiplied by. Only the last three when there was no step; `steps` = 0 alone with
             `frozen`.
         """
         if self.config.frozen:
@@ -264,7 +265,7 @@ class DiscriminatorTrainer:
     def load(self, folder: Path | str) -> None:
         """Continue from `save`; all ranks together."""
         folder = Path(folder)
-        state = json.loads((folder / "discriminator.json").read_text())
+        state = read_json(folder / "discriminator.json")
         self.trainable.load(folder)
         self.version = state["version"]
         self._published_updates = state["published_updates"]

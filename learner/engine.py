@@ -37,6 +37,7 @@ from learner.whole_state import (
     PARTS,
     WholeFiles,
     own_share,
+    read_json,
     read_whole,
     trained_weights,
     whole_shape,
@@ -281,7 +282,7 @@ class TrainableModel:
         folder = Path(folder)
         if not (folder / STATE).is_file():
             raise FileNotFoundError(f"{folder} holds no engine state: {STATE} is missing")
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE)
         files = WholeFiles(folder)
         self.updates = state["updates"]
         self._set_moments_step()

@@ -36,6 +36,7 @@ from learner.losses import LossOutput, PolicyLossInputs, policy_loss
 from learner.packing import Group, PackedBatch
 from learner.pretrained import load_causal_lm
 from learner.samples import Samples, flat_column, row_column
+from learner.whole_state import read_json
 
 KL_STATE = "kl.json"
 
@@ -242,7 +243,7 @@ class PolicyLearner:
         if self.critic is not None:
             self.critic.load(folder / "critic")
         if self.cfg.kl_target is not None:
-            self.kl_coef = json.loads((folder / KL_STATE).read_text())["kl_coef"]
+            self.kl_coef = read_json(folder / KL_STATE)["kl_coef"]
 
     def weights(self, each: Callable[[str, torch.Tensor], None]) -> None:
         """Call `each(name, tensor)` with every weight of the plain model, adapters merged, in the export

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from learner.whole_state import read_json
+
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ def load_random_state(folder: Path, rank: int, ranks: int, saved_ranks: int) -> 
     """Restore what was saved. Another number of ranks than that of the save seeds the generators anew, from
     rank 0's state and this rank's number, and says so."""
     if ranks == saved_ranks:
-        _restore(json.loads(_file(folder, rank).read_text()))
+        _restore(read_json(_file(folder, rank)))
         return
     log.warning(
         "%s was saved by %d ranks, now there are %d: random generators are seeded anew from it",

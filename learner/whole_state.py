@@ -4,6 +4,7 @@ of ranks, in memory and in files. Rank r keeps and writes every n-th tensor, so 
 The files are safetensors: reading them runs nothing, whoever wrote them.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,14 @@ def write_files(folder: Path, share: Iterable[tuple[str, torch.Tensor]]) -> None
         save_file(held, folder / f"{name}-{number:04d}.safetensors")
 
 
+def read_json(file: Path) -> Any:
+    """Raises ValueError, which names the file, where it is no JSON."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is missing or no JSON ({error}); use an older checkpoint") from None
+
+
 class WholeFiles:
     """What the `write_files` of all ranks wrote into a folder, read tensor by tensor.
 
@@ -112,6 +121,10 @@ class WholeFiles:
                 raise ValueError(
                     f"{file} is no safetensors file ({error}); use an older checkpoint"
                 ) from None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them, in memory."""
+        return {name: file.get_tensor(name) for name, file in self._files.items()}
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor on the CPU. Raises ValueError where it is missing or of another shape."""
