@@ -50,7 +50,7 @@ def policy_state(model: Path, folder: Path):
     rank = learner_rank(model)
     rank.keep()
     rank.save(str(folder))
-    return lambda: learner_rank(model).load(str(folder))
+    return lambda: rank.load(str(folder))
 
 
 def discriminator_state(model: Path, folder: Path):

@@ -2,11 +2,9 @@
 reload exactly."""
 
 import os
-import random
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,8 +16,6 @@ from learner.config import LearnerConfig, OptimizerConfig
 from learner.engine import TrainableModel, default_param_groups, schedule_factor
 from learner.losses import LossOutput
 from learner.policy import PolicyLearner
-from learner.random_state import load_random_state, save_random_state
-from learner.whole_state import WholeFiles
 
 # A large epsilon keeps AdamW smooth: near a zero gradient its usual step is the sign of rounding noise.
 SETTINGS = {
@@ -163,57 +159,6 @@ def test_save_load_continues_bit_for_bit(tiny_model, uneven_table, tmp_path, dty
     assert torch.equal(draw, torch.rand(3))
     left, right = whole_weights(learner), whole_weights(again)
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_state_goes_from_any_stage_to_any_other(tiny_model, uneven_table, tmp_path, dtype):
-    """Weights, masters and moments are the same bits: so are the next weights, and what is saved again."""
-    settings = SETTINGS | UNSPLIT | {"compute_dtype": dtype, "lora": {"rank": 2}, "kl_coef": 0.0}
-    first, _ = two_updates(tiny_model, uneven_table, zero_stage=1, **settings)
-    first.save(tmp_path / "1")
-    first.train_step(uneven_table, 2)
-    expected, states = whole_weights(first), WholeFiles(tmp_path / "1").tensors()
-    for stage in (2, 3, 1):
-        cfg = LearnerConfig(zero_stage=stage, **settings)
-        other = PolicyLearner(str(tiny_model), cfg, model_dtype="float32")
-        other.load(tmp_path / "1")
-        other.save(tmp_path / f"again-{stage}")
-        again = WholeFiles(tmp_path / f"again-{stage}").tensors()
-        assert states.keys() == again.keys()
-        assert all(torch.equal(again[name], tensor) for name, tensor in states.items())
-        other.train_step(uneven_table, 2)
-        assert_same(whole_weights(other), expected, tolerance=1e-6 if dtype == "float32" else 1e-2)
-
-
-def test_a_state_of_another_model_or_not_whole_is_refused(tiny_model, uneven_table, tmp_path):
-    def learner(**more):
-        return PolicyLearner(str(tiny_model), LearnerConfig(**SETTINGS, **more), model_dtype="float32")
-
-    first = learner(lora={"rank": 2})
-    first.train_step(uneven_table, 0)
-    first.save(tmp_path / "state")
-    with pytest.raises(ValueError, match=r"has shape \[2, 64\], this model's has \[3, 64\]"):
-        learner(lora={"rank": 3}).load(tmp_path / "state")
-    with pytest.raises(ValueError, match=r"holds no master/.*of another model, or not whole"):
-        learner().load(tmp_path / "state")
-    file = next((tmp_path / "state").glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"safetensors is no safetensors file .* use an older checkpoint"):
-        learner(lora={"rank": 2}).load(tmp_path / "state")
-
-
-def test_another_number_of_ranks_seeds_the_generators_anew_and_alike(tmp_path, caplog):
-    save_random_state(tmp_path, 0)
-    drawn = []
-    for rank in (0, 1, 1):
-        load_random_state(tmp_path, rank, 2, saved_ranks=1)
-        drawn.append((torch.rand(1).item(), float(np.random.rand()), random.random()))
-    assert drawn[0] != drawn[1] == drawn[2]
-    assert "was saved by 1 ranks, now there are 2" in caplog.text
-    load_random_state(tmp_path, 0, 1, saved_ranks=1)
-    first = torch.rand(1).item(), float(np.random.randn()), random.random()
-    load_random_state(tmp_path, 0, 1, saved_ranks=1)
-    assert first == (torch.rand(1).item(), float(np.random.randn()), random.random())
 
 
 def test_loading_an_empty_folder_says_so(tiny_model, tmp_path):
