@@ -1,7 +1,10 @@
 """Steps and samples that are not finite: left out, counted, kept, and the end at a limit."""
 
+import asyncio
 import json
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from machine import PROMPTS, SAMPLES, Machine, configuration, drive
 
+from services.checkpoint import Checkpoints
 from services.not_finite import NotFinite, NotFiniteError, finite_rows
+from services.run_life import RunLife
 
 BATCH = PROMPTS * SAMPLES
 
@@ -122,3 +127,51 @@ def test_finite_rows_of_ragged_columns():
     table = pa.table({"x": pa.chunked_array([rows[:2], rows[2:]], pa.list_(pa.float32()))})
     assert finite_rows(table["x"]).to_pylist() == [True, True, False, False, True]
     assert finite_rows(table["x"].slice(3)).to_pylist() == [False, True]
+
+
+class Life(RunLife):
+    """A run's life without its processes: what it notes, reloads and saves."""
+
+    def __init__(self, config, folder) -> None:
+        self.config = config
+        self.checkpoints = Checkpoints(folder, 2)
+        self.rollbacks = 0
+        self.done: list[Any] = []
+        self.account = NotFinite(folder, config.run.max_skipped)
+        self.system: Any = SimpleNamespace(reload=self._reload)
+        self.display: Any = SimpleNamespace(note=self.done.append)
+        self.controller: Any = SimpleNamespace(
+            not_finite=self.account, quiesce=lambda: asyncio.sleep(0), finished=False
+        )
+
+    def _record(self, step) -> None:
+        pass
+
+    async def _reload(self, folder) -> None:
+        self.done.append(folder)
+
+    async def _save(self) -> None:
+        self.done.append("saved")
+
+    async def steps(self, *bad: bool) -> None:
+        for step, value in enumerate(bad, start=1):
+            self.account.saw("policy", step, bad=value, samples=pa.table({"x": [1]}), what={})
+            await self._after_step(step)
+
+
+def test_no_checkpoint_is_made_while_steps_are_skipped(config, tmp_path):
+    life = Life(config(steps=9, checkpoint_every=1), tmp_path)
+    asyncio.run(life.steps(False, True, True, False))
+    assert life.done == ["saved", "saved"]
+
+
+def test_the_limit_ends_the_run_or_goes_back_as_often_as_the_setting_says(config, tmp_path):
+    life = Life(config(steps=99, max_skipped=2, rollbacks=1, checkpoint_every=0), tmp_path)
+    life.checkpoints.begin(7)
+    kept = life.checkpoints.commit(7, {})
+    with pytest.raises(NotFiniteError, match="in 2 steps in a row"):
+        asyncio.run(life.steps(True, True, False, True, True))
+    note, reloaded = life.done
+    assert reloaded == kept
+    assert note.endswith("going back to the weights of step-000007")
+    assert life._way_on("the run ended") == "the run ended; --resume goes on from step 7"
