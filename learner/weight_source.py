@@ -71,6 +71,7 @@ class ModuleWeights(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One pass. A rank with `sends` off only takes part in the gathers and yields nothing.
+        FloatingPointError for a weight that is not finite as it would be sent.
 
         A pass must be run to its end: its gathers are collectives.
         """
@@ -85,6 +86,8 @@ class ModuleWeights(WeightSource):
             self.gather_s += time.perf_counter() - started
             for weight in bucket if self.sends else ():
                 tensor = weight.value().to(self._wire_dtype(weight.parameter))
+                if not torch.isfinite(tensor).all():
+                    raise FloatingPointError(f"{weight.name} is not finite in {tensor.dtype}; it is not sent")
                 started = time.perf_counter()
                 value = checksum(tensor)
                 self.checksum_s += time.perf_counter() - started

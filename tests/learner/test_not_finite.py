@@ -54,3 +54,13 @@ def test_weights_that_are_not_finite_are_not_saved(dtype, stage, tmp_path):
     with pytest.raises(FloatingPointError, match=r"first\.weight"):
         model.save(tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def test_a_weight_that_overflows_on_the_wire_is_not_sent():
+    from learner.weight_source import ModuleWeights
+
+    module = torch.nn.Linear(2, 2)
+    module.weight.data[0, 0] = 3.4e38  # finite in fp32, not in bfloat16
+    assert len([*ModuleWeights(module)]) == 4
+    with pytest.raises(FloatingPointError, match="weight is not finite in torch"):
+        [*ModuleWeights(module, dtype=torch.bfloat16)]

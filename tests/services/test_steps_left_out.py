@@ -15,6 +15,7 @@ from machine import PROMPTS, SAMPLES, Machine, configuration, drive
 from services.checkpoint import Checkpoints
 from services.not_finite import NotFinite, NotFiniteError, finite_rows
 from services.run_life import RunLife
+from services.watching.alarms import AlarmBounds, not_finite
 
 BATCH = PROMPTS * SAMPLES
 
@@ -175,3 +176,9 @@ def test_the_limit_ends_the_run_or_goes_back_as_often_as_the_setting_says(config
     assert reloaded == kept
     assert note.endswith("going back to the weights of step-000007")
     assert life._way_on("the run ended") == "the run ended; --resume goes on from step 7"
+
+
+def test_a_skipped_step_raises_the_alarm():
+    rows = [{"step": 1, "policy/skipped": 0.0}, {"step": 2, "policy/skipped": 0.25}]
+    assert not_finite(rows[:1], AlarmBounds()) is None
+    assert not_finite(rows, AlarmBounds()) == "not finite: policy/skipped"
