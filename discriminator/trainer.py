@@ -25,8 +25,8 @@ from discriminator.calibration import calibration
 from discriminator.canonical import JUDGED_COLUMNS, Encoded
 from discriminator.config import DiscriminatorConfig
 from discriminator.draws import demonstration_rows, rollout_batches
-from discriminator.health import HealthGate, HealthReading, HealthState, Transition
-from discriminator.losses import balanced_weights, judged_metrics
+from discriminator.health import HEALTH_LEVEL, HealthGate, HealthReading, Transition
+from discriminator.losses import balanced_weights, judged_metrics, numbered
 from discriminator.model import (
     Discriminator,
     batches_of,
@@ -48,12 +48,6 @@ from learner.whole_state import read_json
 log = logging.getLogger(__name__)
 
 WARM_UP_STEP = -1
-HEALTH_LEVEL = {
-    HealthState.BOOST: -1.0,
-    HealthState.TRAIN: 0.0,
-    HealthState.SLOW: 1.0,
-    HealthState.PAUSED: 2.0,
-}
 
 
 @dataclass(frozen=True)
@@ -310,7 +304,7 @@ class DiscriminatorTrainer:
         number = torch.arange(len(encoded))
         is_demonstration = number < tables[0].num_rows
         extra = number >= tables[0].num_rows + tables[1].num_rows
-        prompt = _numbered([key for table in tables for key in table["prompt_id"].to_pylist()])
+        prompt = numbered([key for table in tables for key in table["prompt_id"].to_pylist()])
         if not self.config.length_matched:
             return step_rows(is_demonstration, prompt, perturbed=extra), {}
         weight, overlap = length_matched_weights(
@@ -366,7 +360,7 @@ class DiscriminatorTrainer:
         encoded = self._encode(demonstrations) + self._encode(samples)
         is_demonstration = torch.arange(len(encoded)) < demonstrations.num_rows
         sequence = self._sequence_scores(encoded)
-        prompt = _numbered(demonstrations["prompt_id"].to_pylist() + samples["prompt_id"].to_pylist())
+        prompt = numbered(demonstrations["prompt_id"].to_pylist() + samples["prompt_id"].to_pylist())
         finite = torch.isfinite(sequence)
         is_demonstration, sequence, prompt = is_demonstration[finite], sequence[finite], prompt[finite]
         if not finite.all():
@@ -403,9 +397,3 @@ class DiscriminatorTrainer:
             out[:, batch.trajectory[last][real]] = torch.stack([scores[last], values])[:, real]
         torch.distributed.all_reduce(out)
         return out
-
-
-def _numbered(keys: list[str]) -> Tensor:
-    """int64 [len(keys)], equal for equal keys."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
