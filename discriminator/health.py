@@ -45,6 +45,15 @@ class HealthState(StrEnum):
     PAUSED = "paused"
 
 
+HEALTH_LEVEL = {
+    HealthState.BOOST: -1.0,
+    HealthState.TRAIN: 0.0,
+    HealthState.SLOW: 1.0,
+    HealthState.PAUSED: 2.0,
+}
+"""As a number, for the metrics."""
+
+
 class PolicyState(StrEnum):
     """What the gate lets the policy do."""
 

@@ -207,3 +207,9 @@ def judged_metrics(
 def _share(signed: Tensor) -> Tensor:
     """1 where the side is right, 1/2 on the fence."""
     return (signed > 0).float() + 0.5 * (signed == 0).float()
+
+
+def numbered(keys: list[str]) -> Tensor:
+    """int64 [len(keys)], equal for equal keys."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)

@@ -89,10 +89,12 @@ class DiscriminatorRank:
         """Write the discriminator's part of a checkpoint; returns why that could not be, or nothing."""
         return written(lambda: self.trainer.save(folder))
 
-    def load(self, folder: str, version: int) -> None:
-        """Continue from a checkpoint and publish its weights as `version`."""
+    def load(self, folder: str, version: int | None) -> None:
+        """Continue from a checkpoint and publish its weights as `version` (None: with the next turn)."""
         self.trainer.load(folder)
-        self._publish(version)
+        self._gave = False
+        if version is not None:
+            self._publish(version)
 
     def export(self, folder: str) -> None:
         """Write the present weights as a folder that a scoring service can load; `discriminator.exported`."""

@@ -25,8 +25,8 @@ from discriminator.calibration import calibration
 from discriminator.canonical import JUDGED_COLUMNS, Encoded
 from discriminator.config import DiscriminatorConfig
 from discriminator.draws import demonstration_rows, rollout_batches
-from discriminator.health import HealthGate, HealthReading, HealthState, Transition
-from discriminator.losses import balanced_weights, judged_metrics
+from discriminator.health import HEALTH_LEVEL, HealthGate, HealthReading, Transition
+from discriminator.losses import balanced_weights, judged_metrics, numbered
 from discriminator.model import (
     Discriminator,
     batches_of,
@@ -43,16 +43,11 @@ from learner.early_stopping import EarlyStopping
 from learner.engine import TrainableModel, resolve_device, resolve_dtype
 from learner.packing import Group, PackedBatch, pad_batches, split_for_ranks
 from learner.snapshot import Snapshot
+from learner.whole_state import read_json
 
 log = logging.getLogger(__name__)
 
 WARM_UP_STEP = -1
-HEALTH_LEVEL = {
-    HealthState.BOOST: -1.0,
-    HealthState.TRAIN: 0.0,
-    HealthState.SLOW: 1.0,
-    HealthState.PAUSED: 2.0,
-}
 
 
 @dataclass(frozen=True)
@@ -115,12 +110,15 @@ class DiscriminatorTrainer:
             heldout_rollouts: rollouts that the warm-up does not train on.
 
         Returns:
-            The evaluation of the weights that stay, with `steps` and `tokens_trained` (see `update`).
+            The evaluation of the weights that stay, with `steps`, `tokens_trained` (see `update`) and the
+            updates `skipped`.
 
         Raises:
             ValueError: a table is empty or lacks a column.
+            FloatingPointError: every update was skipped.
         """
         done, tokens, patience = 0, 0.0, self.config.warmup_patience
+        skipped = 0.0
         metrics = best = self._evaluate(heldout, heldout_rollouts)
         stopping, kept = EarlyStopping(patience or 1), Snapshot()
         plan = self._plan(rollouts, self.config.warmup_max_steps, WARM_UP_STEP)
@@ -128,6 +126,7 @@ class DiscriminatorTrainer:
             for rows in plan[done : done + self.config.warmup_eval_every]:
                 trained = self._train(rollouts.take(rows), demonstrations, WARM_UP_STEP, done)
                 tokens += trained["tokens_trained"]
+                skipped += trained["skipped"]
                 done += 1
             metrics = self._evaluate(heldout, heldout_rollouts)
             if patience is not None and stopping.observe(done, metrics["accuracy"]):
@@ -135,6 +134,11 @@ class DiscriminatorTrainer:
                 kept.take(self.trainable)
             if patience is not None and stopping.exhausted:
                 break
+        if done and skipped == done:
+            raise FloatingPointError(
+                f"no update of the discriminator's warm-up had a finite loss and gradient, of {done}; lower "
+                "discriminator.lr"
+            )
         if kept.taken:
             kept.restore(self.trainable)
             metrics = best
@@ -145,7 +149,7 @@ class DiscriminatorTrainer:
                 metrics["accuracy"],
                 self.config.warmup_accuracy,
             )
-        return metrics | {"steps": float(done), "tokens_trained": tokens}
+        return metrics | {"steps": float(done), "tokens_trained": tokens, "skipped": skipped}
 
     def update(self, rollouts: pa.Table, demonstrations: pa.Table, step: int) -> dict[str, float]:
         """The discriminator's steps that go with one policy step: as many as the health gate allows.
@@ -156,10 +160,10 @@ class DiscriminatorTrainer:
             step: the policy step; the draw depends on it.
 
         Returns:
-            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm; their sum of
-            `tokens_trained` (prompts once a step, and responses); `steps` and `health` (-1 boost, 0 train, 1
-            slow, 2 paused), with `health.pause_policy` also `policy_factor`, which the policy's next learning
-            rate is multiplied by. Only the last three when there was no step; `steps` = 0 alone with
+            Means over the steps of loss, accuracies, scores, margin, saturation, grad_norm, skipped; their
+            sum of `tokens_trained` (prompts once a step, and responses); `steps` and `health` (-1 boost, 0
+            train, 1 slow, 2 paused), with `health.pause_policy` also `policy_factor`, which the policy's next
+            learning rate is multiplied by. Only the last three when there was no step; `steps` = 0 alone with
             `frozen`.
         """
         if self.config.frozen:
@@ -216,7 +220,9 @@ class DiscriminatorTrainer:
         """The current weights as a version; collective. Rank 0 gets it, the others None.
 
         The version number grows by one when there were updates since the last call, and stays otherwise.
+        Raises FloatingPointError for weights that are not finite.
         """
+        self.trainable.require_finite()
         if self.changed:
             self.version += 1
             self._published_updates = self.trainable.updates
@@ -245,7 +251,7 @@ class DiscriminatorTrainer:
     def load(self, folder: Path | str) -> None:
         """Continue from `save`; all ranks together."""
         folder = Path(folder)
-        state = json.loads((folder / "discriminator.json").read_text())
+        state = read_json(folder / "discriminator.json")
         self.trainable.load(folder)
         self.version = state["version"]
         self._published_updates = state["published_updates"]
@@ -290,7 +296,7 @@ class DiscriminatorTrainer:
         number = torch.arange(len(encoded))
         is_demonstration = number < tables[0].num_rows
         extra = number >= tables[0].num_rows + tables[1].num_rows
-        prompt = _numbered([key for table in tables for key in table["prompt_id"].to_pylist()])
+        prompt = numbered([key for table in tables for key in table["prompt_id"].to_pylist()])
         if not self.config.length_matched:
             return step_rows(is_demonstration, prompt, perturbed=extra), {}
         weight, overlap = length_matched_weights(
@@ -345,9 +351,15 @@ class DiscriminatorTrainer:
         demonstrations, samples = self._some(heldout), self._some(rollouts)
         encoded = self._encode(demonstrations) + self._encode(samples)
         is_demonstration = torch.arange(len(encoded)) < demonstrations.num_rows
-        weight = balanced_weights(is_demonstration)
         sequence = self._sequence_scores(encoded)
-        prompt = _numbered(demonstrations["prompt_id"].to_pylist() + samples["prompt_id"].to_pylist())
+        prompt = numbered(demonstrations["prompt_id"].to_pylist() + samples["prompt_id"].to_pylist())
+        finite = torch.isfinite(sequence)
+        is_demonstration, sequence, prompt = is_demonstration[finite], sequence[finite], prompt[finite]
+        if not finite.all():
+            log.warning("%d of %d held-out scores are not finite and left out", (~finite).sum(), len(finite))
+            if is_demonstration.all() or not is_demonstration.any():
+                raise FloatingPointError("no held-out score of one of the two sides is finite")
+        weight = balanced_weights(is_demonstration)
         judged = judged_metrics(self.config.loss, sequence, is_demonstration, weight, prompt)
         metrics = {name: float(v) for name, v in judged.items()}
         error = calibration(self.config.loss, sequence, is_demonstration, weight, prompt)
@@ -377,9 +389,3 @@ class DiscriminatorTrainer:
             out[:, batch.trajectory[last][real]] = torch.stack([scores[last], values])[:, real]
         torch.distributed.all_reduce(out)
         return out
-
-
-def _numbered(keys: list[str]) -> Tensor:
-    """int64 [len(keys)], equal for equal keys."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)

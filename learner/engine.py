@@ -14,10 +14,10 @@ Every rank must call `step`, `save`, `load` and `gathered` together, and run the
 passes.
 """
 
+import json
 import logging
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,17 +25,30 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from learner.config import OptimizerConfig
 from learner.cpu import cpu_computes_bfloat16
 from learner.losses import LossOutput
+from learner.random_state import load_random_state, save_random_state
+from learner.whole_state import (
+    MOMENTS,
+    PARTS,
+    WholeFiles,
+    own_share,
+    read_json,
+    read_whole,
+    trained_weights,
+    whole_shape,
+    write_files,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 ParamGroups = list[dict[str, Any]]
+STATE = "engine.json"
 
 
 def resolve_device(choice: str) -> torch.device:
@@ -163,10 +176,9 @@ class TrainableModel:
     ) -> dict[str, float]:
         """One optimizer update from this rank's micro-batches, its learning rate scaled by `lr_factor`. At 0
         they are only looked at: weights, moments and schedule stay, and `grad_norm` is 0. Returns sums and
-        maxima over all of the step's micro-batches and ranks, `grad_norm` (before clipping) and `lr`.
-
-        Raises FloatingPointError when the gradient is not finite; the weights are then not to be used any
-        more.
+        maxima over all of the step's micro-batches and ranks, `grad_norm` (before clipping), `lr`, and
+        `skipped`: 1 when loss or gradient of some rank were not finite. Weights, moments and schedule then
+        stay as they were, on all ranks.
         """
         learns = lr_factor > 0
         self.engine.train(learns)
@@ -179,7 +191,7 @@ class TrainableModel:
             with torch.set_grad_enabled(learns):
                 out = loss_fn(self.engine, batch)
             if learns:
-                self.engine.backward(out.loss * self.ranks)
+                self.engine.backward(out.loss * self._weight_of(out.loss))
             for name, value in out.sums.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
             for name, value in out.maxima.items():
@@ -187,13 +199,24 @@ class TrainableModel:
                 maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
         grad_norm = self._update() if learns else 0.0
         metrics = self.reduce(sums, "sum") | self.reduce(maxima, "max")
-        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor}
+        skipped = float(math.isnan(grad_norm))
+        return metrics | {"grad_norm": grad_norm, "lr": self.cfg.lr * factor, "skipped": skipped}
+
+    def _weight_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """The number of ranks; NaN for a loss that is not finite, whose gradient may be: then that is not
+        either, and all ranks see it in the norm."""
+        bad = ~torch.isfinite(loss.detach())
+        return torch.full_like(loss.detach(), self.ranks).masked_fill(bad, math.nan)
 
     def _update(self) -> float:
+        """The gradient's norm; NaN when it is not finite, which DeepSpeed looks at before the optimizer."""
         self.engine.step()
+        if not self.engine.was_step_applied():
+            log.warning("update %d was skipped: loss or gradient is not finite", self.updates)
+            return math.nan
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"update {self.updates}: gradient norm is {grad_norm}")
+            raise FloatingPointError(f"update {self.updates} was made with a gradient norm of {grad_norm}")
         self.updates += 1
         return grad_norm
 
@@ -220,27 +243,71 @@ class TrainableModel:
         with deepspeed.zero.GatheredParameters(chosen, modifier_rank=None):
             yield
 
+    def require_finite(self) -> None:
+        """Collective. Raises FloatingPointError on every rank when a trained weight is not finite on some
+        rank: nothing is then saved, sent or published."""
+        bad = next((name for name, weight in trained_weights(self.module) if not _finite(weight)), None)
+        found = torch.tensor(0.0 if bad is None else 1.0, device=self.device)
+        torch.distributed.all_reduce(found)
+        if found:
+            where = f", the first is {bad}" if bad else ""
+            raise FloatingPointError(
+                f"after update {self.updates} there are weights that are not finite{where}; they are neither "
+                "saved nor sent: go on from the last checkpoint with a lower lr or grad_clip"
+            )
+
     def save(self, folder: Path | str) -> None:
-        """Write everything that the next update depends on: weights, masters, optimizer, update count, RNG
-        states."""
+        """Write everything that the next update depends on: masters, moments, update count, random states.
+
+        Raises FloatingPointError for weights that are not finite.
+        """
+        self.require_finite()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.engine.save_checkpoint(str(folder), tag="engine", client_state={"updates": self.updates})
-        torch.save(rng_state(), folder / f"rng-{self.rank}.pt")
+        self._set_moments_step()
+        weights = trained_weights(self.module)
+        tensors = ((f"{part}/{name}", read_whole(p, part)) for name, p in weights for part in PARTS)
+        write_files(folder, own_share(tensors))
+        save_random_state(folder, self.rank)
+        if self.rank == 0:
+            (folder / STATE).write_text(json.dumps({"updates": self.updates, "ranks": self.ranks}))
         torch.distributed.barrier()
 
     def load(self, folder: Path | str) -> None:
-        """Continue exactly where `save` left off, on as many ranks and with the same ZeRO stage.
+        """Continue where `save` left off, exactly on as many ranks, on any other number and with any ZeRO
+        stage but for the random states.
 
-        Raises FileNotFoundError for an incomplete folder.
+        Raises FileNotFoundError for a folder without a state, ValueError for one of another model.
         """
         folder = Path(folder)
-        rng = folder / f"rng-{self.rank}.pt"
-        if not rng.is_file():
-            raise FileNotFoundError(f"{folder} holds no engine state for rank {self.rank} of {self.ranks}")
-        _, client = self.engine.load_checkpoint(str(folder), tag="engine")
-        self.updates = client["updates"]
-        set_rng_state(torch.load(rng, weights_only=False))
+        if not (folder / STATE).is_file():
+            raise FileNotFoundError(f"{folder} holds no engine state: {STATE} is missing")
+        state = read_json(folder / STATE)
+        files = WholeFiles(folder)
+        self.updates = state["updates"]
+        self._set_moments_step()
+        for name, weight in trained_weights(self.module):
+            for part in PARTS:
+                value = files.read(f"{part}/{name}", whole_shape(weight))
+                write_whole(weight, part, value.to(self.device))
+        load_random_state(folder, self.rank, self.ranks, state["ranks"])
+
+    def _set_moments_step(self) -> None:
+        """AdamW's states as it makes them at its first step, where there are none yet, at `updates` steps."""
+        optimizer = self._optimizer.optimizer
+        masters = getattr(self._optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3's
+        if masters is None:
+            masters = [master for group in optimizer.param_groups for master in group["params"]]
+        for master in masters:
+            state = optimizer.state[master]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                state |= {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
+            state["step"].fill_(self.updates)
+        if self.cfg.zero_stage < 3:
+            # DeepSpeed links states after its first parameter group's step, when the others have none yet.
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _deepspeed_config(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -264,24 +331,14 @@ class TrainableModel:
         }
 
 
-def rng_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+def _finite(weight: nn.Parameter) -> bool:
+    """Whether what this rank holds of a parameter is finite; a shard's padding does not count."""
+    shard = getattr(weight, "ds_tensor", None)
+    if shard is None:
+        return bool(torch.isfinite(weight.detach()).all())
+    size = shard.numel()
+    rest = weight.ds_numel - torch.distributed.get_rank() * size  # type: ignore[attr-defined]
+    return bool(torch.isfinite(shard.detach().flatten()[: max(0, rest)]).all())
 
 
 def load_deepspeed(device: torch.device) -> Any:

@@ -36,6 +36,7 @@ from learner.losses import LossOutput, PolicyLossInputs, policy_loss
 from learner.packing import Group, PackedBatch
 from learner.pretrained import load_causal_lm
 from learner.samples import Samples, flat_column, row_column
+from learner.whole_state import read_json
 
 KL_STATE = "kl.json"
 
@@ -110,7 +111,8 @@ class PolicyLearner:
         also `prompt_text` and `disc_version`, with `absorbing_end` also `last_reward`, and `response_reward`
         where there is one. `lr_factor` scales
         this step's learning rate; at 0 policy and critic stay as they are. Returns metrics that are equal on
-        all ranks but for the seconds. Raises ValueError for a table without a response token.
+        all ranks but for the seconds; the share `skipped` of its updates was not finite. Raises ValueError
+        for a table without a response token.
         """
         clock = _Clock()
         samples = Samples.from_table(table)
@@ -190,7 +192,8 @@ class PolicyLearner:
             metrics["critic_explained"] = explained_variance(values, returns)
         if reference is not None:
             metrics["kl_coef"] = self.kl_coef
-        if cfg.kl_target is not None and lr_factor > 0 and metrics["importance_mean"] > 0:
+        told_kl = metrics["skipped"] == 0 and metrics["importance_mean"] > 0
+        if cfg.kl_target is not None and lr_factor > 0 and told_kl:
             kl = metrics["kl"] / metrics["importance_mean"]  # masked tokens say nothing, and not that it is 0
             self.kl_coef = adapted_coefficient(self.kl_coef, kl, cfg.kl_target, cfg.kl_gain)
         padded = sum(b.input_ids.numel() for b in batches if b.weight.any())
@@ -240,7 +243,7 @@ class PolicyLearner:
         if self.critic is not None:
             self.critic.load(folder / "critic")
         if self.cfg.kl_target is not None:
-            self.kl_coef = json.loads((folder / KL_STATE).read_text())["kl_coef"]
+            self.kl_coef = read_json(folder / KL_STATE)["kl_coef"]
 
     def weights(self, each: Callable[[str, torch.Tensor], None]) -> None:
         """Call `each(name, tensor)` with every weight of the plain model, adapters merged, in the export

@@ -28,6 +28,8 @@ from rollout.templates import end_of_response_id, eos_ids, load_tokenizer
 if TYPE_CHECKING:
     from learner.weight_sender import WeightSender
 
+KEPT = "kept"
+
 
 class LearnerRank:
     """Handler of one learner rank (see `learner.trainer`). `judge` makes the judge of `learner.gumbel`."""
@@ -121,11 +123,13 @@ class LearnerRank:
 
     def sync(self, version: int | None) -> dict[str, Any]:
         """Broadcast the weights as `version`, by default the one they have: whoever replaces a worker does
-        not know whether an update comes first. A failure of workers is an answer, not an exception: the
+        not know whether an update comes first. Raises FloatingPointError before anything is sent when some
+        are not finite. A failure of workers is an answer, not an exception: the
         learner is well, and the controller replaces them. Returns timings, or the indices of workers to
         replace and `error`.
         """
         assert self.sender is not None, "connect() first"
+        self.learner.trainable.require_finite()
         if version is not None:
             self.version = version
         try:
@@ -150,19 +154,18 @@ class LearnerRank:
     def _save(self, folder: str) -> None:
         self.learner.save(Path(folder))
         if self.kept.taken:
-            self.kept.save(self._kept_file(folder))
+            self.kept.save(Path(folder) / KEPT)
 
     def load(self, folder: str) -> None:
         """Continue from the learner's part of a checkpoint."""
         self.learner.load(Path(folder))
-        if self._kept_file(folder).is_file():
-            self.kept.load(self._kept_file(folder))
-
-    def _kept_file(self, folder: str) -> Path:
-        return Path(folder) / f"kept-{self.rank}.pt"
+        if (Path(folder) / KEPT).is_dir():
+            self.kept.load(Path(folder) / KEPT, self.learner.trainable)
 
     def export(self, folder: str) -> None:
-        """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did."""
+        """Write a plain Hugging Face folder, tokenizer included; its `generate` stops where training did.
+        Raises FloatingPointError for weights that are not finite."""
+        self.learner.trainable.require_finite()
         self.learner.export(Path(folder))
         if self.rank == 0:
             from transformers import GenerationConfig

@@ -3,9 +3,18 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from learner.engine import TrainableModel
+from learner.whole_state import (
+    MASTER,
+    WholeFiles,
+    own_share,
+    read_whole,
+    trained_weights,
+    whole_shape,
+    write_files,
+    write_whole,
+)
 
 
 class Snapshot:
@@ -15,65 +24,54 @@ class Snapshot:
         kept.take(trainable)        # the best so far
         kept.restore(trainable)     # masters and weights are what they were; moments and schedule go on
 
-    Every rank keeps a part: under ZeRO-3 its shard, otherwise all. `take` and `restore` are collective.
+    Every rank keeps a share of the names. `take`, `restore` and `load` are collective.
     """
 
     def __init__(self) -> None:
-        self._masters: dict[str, torch.Tensor] = {}
-
-    @property
-    def taken(self) -> bool:
+        self.taken = False
         """Whether there is something to restore."""
-        return bool(self._masters)
+        self._masters: dict[str, torch.Tensor] = {}
 
     def take(self, trainable: TrainableModel) -> None:
         """Keep the present weights instead of those kept before."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+        weights = trained_weights(trainable.module)
+        self._masters = dict(own_share((name, read_whole(weight, MASTER)) for name, weight in weights))
+        self.taken = True
 
-        read = safe_get_local_fp32_param if trainable.cfg.zero_stage == 3 else safe_get_full_fp32_param
-        self._masters = {
-            name: read(weight).detach().to("cpu", torch.float32, copy=True)
-            for name, weight in _trained(trainable)
-        }
-
-    @torch.no_grad()
     def restore(self, trainable: TrainableModel) -> None:
         """Make the kept weights the present ones.
 
         Raises:
             ValueError: nothing was kept, or it belongs to another model.
         """
-        import deepspeed
-        from deepspeed.utils import (
-            safe_get_full_fp32_param,
-            safe_set_full_fp32_param,
-            safe_set_local_fp32_param,
-        )
-
-        weights = _trained(trainable)
-        if [name for name, _ in weights] != list(self._masters):
+        weights = trained_weights(trainable.module)
+        if (
+            not self.taken
+            or [*self._masters] != [name for name, _ in weights][trainable.rank :: trainable.ranks]
+        ):
             raise ValueError("no snapshot of this model's weights was taken")
-        sharded = trainable.cfg.zero_stage == 3
-        for name, weight in weights:
-            kept = self._masters[name].to(trainable.device)
-            if not sharded:
-                safe_set_full_fp32_param(weight, kept)
-                weight.copy_(kept)
-                continue
-            safe_set_local_fp32_param(weight, kept)
-            whole = safe_get_full_fp32_param(weight)
-            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                if trainable.rank == 0:
-                    weight.copy_(whole)
+        for number, (name, weight) in enumerate(weights):
+            kept = self._masters.get(name)
+            whole = torch.empty(whole_shape(weight)) if kept is None else kept
+            whole = whole.to(trainable.device, copy=True)
+            torch.distributed.broadcast(whole, src=number % trainable.ranks)
+            write_whole(weight, MASTER, whole)
 
-    def save(self, file: Path) -> None:
-        """Write this rank's part."""
-        torch.save(self._masters, file)
+    def save(self, folder: Path) -> None:
+        """Write this rank's share."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, self._masters.items())
 
-    def load(self, file: Path) -> None:
-        """Become what `save` wrote on a rank with the same part."""
-        self._masters = torch.load(file)
+    def load(self, folder: Path, trainable: TrainableModel) -> None:
+        """Become what the `save` of all ranks wrote, however many they were.
 
-
-def _trained(trainable: TrainableModel) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in trainable.module.named_parameters() if p.requires_grad]
+        Raises:
+            ValueError: it belongs to another model.
+        """
+        files = WholeFiles(folder)
+        weights = trained_weights(trainable.module)
+        self._masters = {
+            name: files.read(name, whole_shape(weight))
+            for name, weight in weights[trainable.rank :: trainable.ranks]
+        }
+        self.taken = True

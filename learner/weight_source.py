@@ -66,6 +66,7 @@ class ModuleWeights(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One pass. A rank with `sends` off only takes part in the gathers and yields nothing.
+        FloatingPointError for a weight that is not finite as it would be sent.
 
         A pass must be run to its end: its gathers are collectives.
         """
@@ -80,6 +81,8 @@ class ModuleWeights(WeightSource):
             self.gather_s += time.perf_counter() - started
             for weight in bucket if self.sends else ():
                 whole = weight.value().to(self._wire_dtype(weight.parameter))
+                if not torch.isfinite(whole).all():
+                    raise FloatingPointError(f"{weight.name} is not finite in {whole.dtype}; it is not sent")
                 for name, tensor in self._as_stored(weight.name, whole).items():
                     started = time.perf_counter()
                     value = checksum(tensor)

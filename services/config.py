@@ -82,6 +82,15 @@ class RunSection(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
 
+    max_skipped: PositiveInt = 5
+    """Steps in a row whose loss or gradient may be not finite. Such a step is left out and its samples are
+    kept in `not-finite/`; at this many the run ends with a report and `--resume` goes on from the last
+    checkpoint."""
+
+    rollbacks: NonNegativeInt = 0
+    """Times that a run loads its last checkpoint's weights at `max_skipped` instead, and goes on with the
+    next prompts."""
+
     mirror: str = ""
     """URL of a folder in object storage (s3://bucket/runs, gs://…; options such as ?region=… belong to it,
     credentials to the environment). The run's folder is copied to it after each checkpoint and at the end,

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,6 +27,7 @@ from services.budget import Budget, policy_passes, response_tokens
 from services.config import Config
 from services.ledger import Ledger
 from services.metrics import PhaseTimer, process_memory
+from services.not_finite import NotFinite, NotFiniteError, finite_rows
 from services.system import System
 
 
@@ -46,6 +48,7 @@ class Controller:
         self.ledger = Ledger()
         self.timer = PhaseTimer(entered=entered)
         self.budget = Budget()
+        self.not_finite = NotFinite(config.folder, config.run.max_skipped)
         self.step = 0
         self.running = False
         self.stopping = False
@@ -103,7 +106,13 @@ class Controller:
         )
         if fit.num_rows == 0:
             raise RuntimeError(f"step {self.step + 1}: every group is older than run.max_policy_lag allows")
-        return fit
+        finite = self._finite(fit, finite_rows(fit["response_logprobs"]), "logprobs")
+        if finite.num_rows == 0:
+            raise NotFiniteError(
+                f"step {self.step + 1}: log-probabilities of every group are not finite: the sampler is "
+                f"broken; the samples are in {self.not_finite.folder}"
+            )
+        return finite
 
     async def _generate(self, step: int) -> pa.Table:
         self._cursors[step] = self.system.prompts.state()
@@ -132,16 +141,29 @@ class Controller:
         with self.timer("score"):
             answers = await self.system.score(batch, version)
             inputs = await self.system.reward_inputs(batch, version)
+        finite = np.array([np.isfinite(item["scores"]).all() for item in answers], dtype=bool)
+        for numbers in inputs.values():
+            finite &= np.isfinite(numbers)
+        fit = self._finite(batch, pa.array(finite), "scores")
+        kept = np.flatnonzero(pc.is_in(batch["group_id"], pc.unique(fit["group_id"])).to_numpy())
+        scores, spans = [answers[row]["scores"] for row in kept], [answers[row]["spans"] for row in kept]
+        given = {name: [numbers[row] for row in kept] for name, numbers in inputs.items()}
         settings = self.config.discriminator
-        scores, spans = [item["scores"] for item in answers], [item["spans"] for item in answers]
-        return stamp(batch, version, scores, spans, level=settings.level, config=settings.reward, **inputs)
+        return stamp(fit, version, scores, spans, level=settings.level, config=settings.reward, **given)
 
     async def learn(self, scored: pa.Table) -> dict[str, Any]:
-        """One policy update, slower or none where the health gate says so; returns the learner's metrics."""
-        with self.timer("learn"):
-            metrics = (await self.system.learn(scored, self.step, self._policy_factor))[0]
+        """One policy update, slower or none where the health gate says so; returns the learner's metrics. An
+        update that was not finite has trained nothing: its groups count as dropped. Without a group that has
+        finite scores there is none.
+        """
+        metrics: dict[str, Any] = {"skipped": 1.0}
+        if scored.num_rows:
+            with self.timer("learn"):
+                metrics = (await self.system.learn(scored, self.step, self._policy_factor))[0]
+        skipped = metrics.get("skipped", 0.0)
+        self.not_finite.saw("policy", self.step + 1, bad=skipped > 0, samples=scored, what=metrics)
         for group in pc.unique(scored["group_id"]).to_pylist():
-            self.ledger.train(group)
+            self.ledger.train(group) if skipped < 1 else self.ledger.drop(group, "not_finite")
         self.timer.tokens("learn", response_tokens(scored))
         self.budget.learned(scored, *policy_passes(self.config.learner))
         self.budget.drawn(metrics)
@@ -164,6 +186,8 @@ class Controller:
             await earlier
         with self.timer("discriminate"):
             metrics = await self.system.discriminate(batch, step)
+        bad = metrics.get("skipped", 0.0) > 0
+        self.not_finite.saw("discriminator", step + 1, bad=bad, samples=batch, what=metrics)
         self._untold.append(metrics)
         self._policy_factor = metrics.get("policy_factor", 1.0)
         self.budget.discriminated(metrics)
@@ -186,6 +210,14 @@ class Controller:
             del self._generating[step], self._cursors[step], self._rates[step]
         if cursor is not None:
             self.system.prompts.load_state(cursor)  # a resumed run asks for these prompts again
+
+    def _finite(self, batch: pa.Table, finite: pa.Array, what: str) -> pa.Table:
+        """The groups of which every row is finite; the others count as dropped and their samples are kept."""
+        fit = self._drop(batch, pc.invert(finite), f"{what}_not_finite")
+        bad = batch.filter(pc.invert(finite))
+        if bad.num_rows:
+            self.not_finite.keep(what, self.step + 1, bad.num_rows, bad, {"responses": bad.num_rows})
+        return fit
 
     def _drop(self, batch: pa.Table, unfit: pa.Array, reason: str) -> pa.Table:
         """Leave out whole groups in which any row is unfit, and count them."""
@@ -212,7 +244,9 @@ class Controller:
             {
                 "reward": reward_metrics(
                     scored, self.config.gamma, absorbing_end=self.config.learner.absorbing_end
-                ),
+                )
+                if scored.num_rows
+                else {},
                 "response": response_metrics(batch),
                 "policy": learned,
                 "discriminator": judged,
@@ -222,6 +256,7 @@ class Controller:
                     "disc": (self.step - scored["disc_version"].to_numpy()).tolist(),
                 },
                 "responses": self.ledger.check(),
+                "not_finite": dict(self.not_finite.counts),
                 "rollout": {
                     "tokens_per_s": self._rates.pop(self.step),
                     "replacements": self.system.replacements,
@@ -249,6 +284,7 @@ class Controller:
             "budget": self.budget.state(),
             "untold_turns": list(self._untold),
             "policy_factor": self._policy_factor,
+            "not_finite": dict(self.not_finite.counts),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -260,3 +296,4 @@ class Controller:
         self.budget = Budget(**state["budget"])
         self._untold = deque(state["untold_turns"])
         self._policy_factor = state["policy_factor"]
+        self.not_finite.counts.update(state["not_finite"])

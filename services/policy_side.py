@@ -133,6 +133,12 @@ class PolicySide:
     def _aborting(self) -> list[Awaitable[None]]:
         return [group.abort() for group in self._groups]
 
+    async def reload(self, folder: Path) -> None:
+        """The learner's weights and optimizer from a checkpoint, under the present version."""
+        timeout = self.config.learner.step_timeout_s
+        await self.learner.call("load", timeout_s=timeout, folder=str(folder / "learner"))
+        await self.sync(self.policy_version)
+
     # What the loops and the evaluation ask for
 
     async def generate(self, requests: pa.Table, min_version: int) -> pa.Table:

@@ -25,7 +25,7 @@ Flat = dict[str, Any]
 
 FREE = (
     *(f"run.{name}" for name in ("name", "output", "steps", "checkpoint_every", "keep_checkpoints")),
-    *(f"run.{name}" for name in ("mirror", "mirror_timeout_s", "wandb")),
+    *(f"run.{name}" for name in ("mirror", "mirror_timeout_s", "wandb", "rollbacks")),
     *(f"policy.{name}" for name in ("trust_remote_code",)),
     *(f"evaluation.{name}" for name in ("embedding_threads", "look_every", "shown_samples")),
     *(

@@ -27,6 +27,7 @@ from services.liveness import DeadProcess, LifeSigns
 from services.methods import method_title
 from services.metrics import MetricsLog, flatten, process_memory, read_metrics
 from services.mirror import Mirror
+from services.not_finite import NotFiniteError
 from services.plan import ResourcePlan
 from services.ray_metrics import RunMetrics
 from services.resume_rules import settled
@@ -76,6 +77,7 @@ class RunLife:
         self.row: dict[str, Any] = {}
         """Metrics of the step that was just made; written once its evaluation, where one is due, is known."""
         self.interrupted = False
+        self.rollbacks = 0
         self.warm: dict[str, Any] = {}
         """Evaluation of the discriminator at the end of its warm-up; empty where there is none."""
         start = found.step if found is not None else 0
@@ -125,20 +127,17 @@ class RunLife:
             self.console.print("stopped; the last finished checkpoint stays")
             await self._abort()
             return INTERRUPTED
-        except (ShortcutRefusal, SamplerError, CheckpointError) as refusal:
+        except (ShortcutRefusal, SamplerError, CheckpointError, NotFiniteError) as refusal:
             self.console.print(str(refusal), markup=False)
+            if self.checkpoints.steps():
+                self.console.print(self._way_on("the run ended"))
             await self._abort()
             return FAILED
         except Exception as error:  # the top of the program: all that is known, an orderly end, exit code 1
             print(redacted(traceback.format_exc()), file=sys.stderr)
             signs = redacted(await self.signs.post_mortem(error))
             self.console.print(printable(signs), markup=False, highlight=False)
-            steps = self.checkpoints.steps()
-            self.console.print(
-                f"the run failed; --resume goes on from step {steps[-1]}"
-                if steps
-                else f"the run failed before a checkpoint; {BEGIN_ANEW}"
-            )
+            self.console.print(self._way_on("the run failed"))
             await self._abort()
             return FAILED
         finally:
@@ -149,6 +148,12 @@ class RunLife:
     async def _abort(self) -> None:
         for problem in await self.system.abort():
             self.console.print(f"at the end: {problem}", markup=False)
+
+    def _way_on(self, what: str) -> str:
+        steps = self.checkpoints.steps()
+        if steps:
+            return f"{what}; --resume goes on from step {steps[-1]}"
+        return f"{what} before a checkpoint; {BEGIN_ANEW}"
 
     def _interrupt(self, work: "asyncio.Future[int]", number: int) -> None:
         again, self.interrupted = self.interrupted, True
@@ -253,8 +258,26 @@ class RunLife:
             with self.controller.timer("look"):
                 self.row["monitor"] = await self.evaluator.look()
         self._record(step)
-        if self.saver.due(step):
+        await self._check_finite()
+        if self.saver.due(step) and not self.controller.not_finite.active:
             await self._save()
+
+    async def _check_finite(self) -> None:
+        """Go back to the last checkpoint's weights at the limit of steps left out, where the run may."""
+        account = self.controller.not_finite
+        try:
+            account.check()
+        except NotFiniteError as error:
+            if self.rollbacks >= self.config.run.rollbacks:
+                raise
+            found = await asyncio.to_thread(self.checkpoints.newest_whole)
+            if found is None:
+                raise
+            self.rollbacks += 1
+            self.display.note(f"{error}; going back to the weights of {found.folder.name}")
+            await self.controller.quiesce()
+            await self.system.reload(found.folder)
+            account.in_a_row.clear()
 
     async def _evaluate(self, step: int) -> None:
         with self.controller.timer("evaluate"):
@@ -389,6 +412,7 @@ class RunLife:
             "wall_seconds": wall,
             "responses": self.controller.ledger.check(),
             **self.controller.facts(),
+            "not_finite": dict(self.controller.not_finite.counts),
             "budget": budget,
             "warm_up": self.warm,
             "demonstrations": self.system.splits.train.num_rows,

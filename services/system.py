@@ -328,6 +328,14 @@ class System(PolicySide):
         )
         return {"policy_version": self.policy_version, "disc_version": self.disc_version}
 
+    async def reload(self, folder: Path) -> None:
+        """Learner and discriminator from a checkpoint, under the present versions; what the discriminator
+        then is goes out with its next turn."""
+        timeout = self.config.discriminator.step_timeout_s
+        where = str(folder / "discriminator")
+        await self.discriminator.call("load", timeout_s=timeout, folder=where, version=None)
+        await super().reload(folder)
+
     async def load(self, folder: Path, state: dict[str, Any]) -> None:
         """Continue from `save`: the learner's weights go out to the workers, the discriminator's to the
         store.

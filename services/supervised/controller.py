@@ -19,6 +19,7 @@ from services.budget import Budget
 from services.config import Config
 from services.ledger import Ledger
 from services.metrics import PhaseTimer, process_memory
+from services.not_finite import NotFinite
 from services.supervised.system import SupervisedSystem
 
 
@@ -50,6 +51,7 @@ class SupervisedController:
         self.ledger = Ledger()  # nothing is rolled out: it stays empty
         self.timer = PhaseTimer(entered=entered)
         self.budget = Budget()
+        self.not_finite = NotFinite(config.folder, config.run.max_skipped)
         self.early = EarlyStopping(self.settings.patience)
         self.examples = human_answers(
             system.splits.train,
@@ -89,6 +91,8 @@ class SupervisedController:
         batch = self.examples.take(pa.array(rows))
         with self.timer("learn"):
             metrics = (await self.system.learn(batch))[0]
+        bad = metrics.get("skipped", 0.0) > 0
+        self.not_finite.saw("policy", self.step + 1, bad=bad, samples=batch, what=metrics)
         self.timer.tokens("learn", round(metrics["tokens_response"]))
         self.budget.learned(batch, trained=1)
         return metrics
@@ -128,6 +132,7 @@ class SupervisedController:
             {
                 "policy": learned,
                 "selection": checked,
+                "not_finite": dict(self.not_finite.counts),
                 "epoch": self.step * self.settings.batch_size / self.examples.num_rows,
                 "seconds": self.timer.take(),
                 "memory_mib": {"controller": process_memory()["rss"], **self.system.resident},
@@ -153,6 +158,7 @@ class SupervisedController:
             "early": self.early.state(),
             "timer": self.timer.state_dict(),
             "budget": self.budget.state(),
+            "not_finite": dict(self.not_finite.counts),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -161,3 +167,4 @@ class SupervisedController:
         self.early.load_state(state["early"])
         self.timer.load_state_dict(state["timer"])
         self.budget = Budget(**state["budget"])
+        self.not_finite.counts.update(state["not_finite"])

@@ -85,8 +85,9 @@ def _beside_humans(rows: Rows, key: str, least: float) -> tuple[float, float]:
 
 
 def not_finite(rows: Rows, bounds: AlarmBounds) -> str | None:
-    """Some number of the last step is NaN or infinite."""
+    """Some number of the last step is NaN or infinite, or an update was skipped because of one."""
     bad = [key for key, value in rows[-1].items() if isinstance(value, float) and not math.isfinite(value)]
+    bad += [key for key, value in rows[-1].items() if key.endswith("/skipped") and value]
     return f"not finite: {', '.join(bad)}" if bad else None
 
 

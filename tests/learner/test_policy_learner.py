@@ -273,6 +273,22 @@ def test_a_step_left_out_leaves_no_trace(tiny_model, uneven_table):
         assert metrics[0][name] == metrics[1][name], name
 
 
+def test_a_step_that_is_not_finite_leaves_no_trace(tiny_model, uneven_table):
+    """Neither in the weights nor in the moments, the critic, the schedule and the KL's weight."""
+    settings = {"lr": 1e-2, "kl_coef": 0.1, "kl_target": 0.01, "advantage": "gae", "lr_schedule": "linear"}
+    one, other = (learner_for(tiny_model, **settings, schedule_steps=9) for _ in range(2))
+    huge = replace_column(uneven_table, "token_rewards", [
+        [3e38] * len(row) for row in uneven_table["token_rewards"].to_pylist()
+    ])  # fmt: skip
+    one.train_step(uneven_table, 0)
+    other.train_step(uneven_table, 0)
+    left_out = other.train_step(huge, 1)
+    assert (left_out["skipped"], left_out["critic_skipped"]) == (1.0, 1.0)
+    metrics = one.train_step(uneven_table, 2), other.train_step(uneven_table, 2)
+    for name in ("loss", "grad_norm", "kl_coef", "lr", "critic_loss", "skipped"):
+        assert metrics[0][name] == metrics[1][name], name
+
+
 def test_the_largest_of_several_updates_is_told(tiny_model, uneven_table):
     learner = learner_for(tiny_model, loss="ppo_clip", epochs=3, lr=1e-2)
     update, updates = learner.trainable.step, []

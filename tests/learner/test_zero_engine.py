@@ -117,10 +117,24 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, reference_update):
 
 def test_two_ranks_with_an_uneven_split_change_nothing(tiny_model, reference_update, tmp_path):
     table, weights, metrics = reference_update
-    job = {"model": str(tiny_model), "table": table, "stages": [1, 2, 3], "settings": SETTINGS | SPLIT}
-    results = run_two_ranks(job, tmp_path, zero_stages)
     single, _ = two_updates(tiny_model, table, **SETTINGS, **UNSPLIT)
     expected_logprobs = single.response_logprobs(table)
+    single.save(tmp_path / "one")
+    stages = [1, 2, 3]
+    job = {"model": str(tiny_model), "table": table, "stages": stages, "settings": SETTINGS | SPLIT}
+    results = run_two_ranks(job | {"saved": tmp_path / "one"}, tmp_path, zero_stages)
+    whole = whole_weights(single)
+    single.train_step(table, 2)
+    next_weights = whole_weights(single)
+    for stage in stages:
+        loaded, after = results.pop(f"from one, {stage}")
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
+        assert_same(after, next_weights)
+        single.load(tmp_path / f"state-{stage}")
+        back = whole_weights(single)
+        assert all(torch.equal(back[name], tensor) for name, tensor in results[stage][0].items())
+        single.train_step(table, 2)
+        assert_same(whole_weights(single), next_weights)
     for stage, (actual, split, logprobs) in results.items():
         assert_same(actual, weights)
         assert split[1]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4), f"stage {stage}"

@@ -2,7 +2,8 @@
 
 The job has `model`, `table`, `stages` and `settings`. For each ZeRO stage a rank makes two policy updates,
 whose weights and metrics are the result; it checks that a reload continues exactly, exports, and with LoRA
-checks that the wire carries the same merged weights.
+checks that the wire carries the same merged weights. With `saved`, the state of a single rank, it returns the
+weights that a learner of two ranks loads from there, and those after its next update.
 """
 
 import torch
@@ -61,4 +62,9 @@ def zero_stages(job):
             f"stage {stage} resumes inexactly"
         )
         again.export(job["folder"] / f"export-{stage}")
+        if "saved" in job:
+            again.load(job["saved"])
+            loaded = whole_weights(again)
+            again.train_step(job["table"], 2)
+            results[f"from one, {stage}"] = loaded, whole_weights(again)
     return results
