@@ -69,3 +69,4 @@ def test_the_runs_scoring_takes_less_than_twice_its_time_beside_256_clients(
     assert answered["200"] > 0
     assert set(answered) <= {"200", "503"}
     assert ratio < 2
+    assert max(beside) < 10 * statistics.mean(alone), "no request of the run waits for a crowd"
