@@ -91,7 +91,7 @@ def start() -> None:
                 raise ConfigError(
                     f"Ray did not start here in {STARTS} attempts: {error}. On a slow or full machine end "
                     "other work, or start Ray once with `rlgaf up` and train with RAY_ADDRESS; its logs are "
-                    "in /tmp/ray/session_latest/logs"
+                    f"in {os.environ.get('RAY_TMPDIR', '/tmp')}/ray/session_latest/logs"
                 ) from None
             print(f"Ray did not start ({error}); attempt {attempt + 1} of {STARTS}", file=sys.stderr)
     return None

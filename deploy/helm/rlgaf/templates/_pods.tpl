@@ -25,7 +25,7 @@ below it are too. */}}
   value: rlgaf
 - name: HF_HOME
   value: /cache/huggingface
-{{- if eq (default $ .root).Values.mode "RayService" }}
+{{- if eq $v.mode "RayService" }}
 - name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
   value: services.endpoint:proxy_middleware
 {{- end }}
