@@ -332,7 +332,8 @@ def open_door(scoring: Any, config: ScoringConfig) -> tuple[Any, str]:
     token = os.environ.get(config.http_token, "")
     host = config.http_host
     try:
-        port = ray.get(door.open.remote(scoring, config.replicas, host, config.http_port, token))  # type: ignore[attr-defined]
+        opening = door.open.remote(scoring, config.replicas, host, config.http_port, token)  # type: ignore[attr-defined]
+        port = ray.get(opening, timeout=config.timeout_s)
     except ray.exceptions.RayTaskError as error:
         raise RuntimeError(str(error.cause)) from None
     return door, f"http://{f'[{host}]' if ':' in host else host}:{port}/v1/score"

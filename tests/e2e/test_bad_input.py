@@ -22,8 +22,8 @@ from services.config import load
 ROOT = Path(__file__).parents[2]
 
 
-class Started(Exception):
-    """The input was accepted: the run would have started its processes."""
+class Started(BaseException):
+    """The input was accepted: the run would have started its processes. No error, so nothing catches it."""
 
 
 def settings(folder: Path, model: Path | str, demonstrations: Path) -> Path:

@@ -46,7 +46,7 @@ def test_an_exported_model_stops_at_every_end_that_rollouts_stopped_at(tiny_mode
 
 def test_weights_go_out_under_their_own_version(tiny_model, uneven_table, monkeypatch: pytest.MonkeyPatch):
     """Also where nobody names it, as after a worker was replaced during an update."""
-    monkeypatch.setattr("learner.rank.ray.get", lambda table: table)
+    monkeypatch.setattr("learner.rank.ray.get", lambda table, timeout: table)
     rank = learner_rank(tiny_model)
     sender = Sender()
     rank.sender = sender  # type: ignore[assignment]

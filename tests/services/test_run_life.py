@@ -38,7 +38,7 @@ def life(done: list[str], **system: Any) -> Any:
     made.console = SimpleNamespace(print=lambda text, **_: done.append(str(text)))
     made.exported = SimpleNamespace(begin=lambda: None, watch_workers=nothing)
     made.signs = SimpleNamespace(expect_ends=lambda: None)
-    made.resume = True
+    made.found = object()
     made._load, made._export_discriminator = nothing, nothing
     made.controller = SimpleNamespace(run=nothing, step=3, stopping=False, finished=True, running=True)
     made.checkpoints = SimpleNamespace(steps=lambda: [3])

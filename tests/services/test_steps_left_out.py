@@ -15,6 +15,7 @@ from machine import PROMPTS, SAMPLES, Machine, configuration, drive
 from services.checkpoint import Checkpoints
 from services.not_finite import NotFinite, NotFiniteError, finite_rows
 from services.run_life import RunLife
+from services.saving import Saver
 from services.watching.alarms import AlarmBounds, not_finite
 
 BATCH = PROMPTS * SAMPLES
@@ -141,6 +142,7 @@ class Life(RunLife):
         self.account = NotFinite(folder, config.run.max_skipped)
         self.system: Any = SimpleNamespace(reload=self._reload)
         self.display: Any = SimpleNamespace(note=self.done.append)
+        self.saver = Saver(self.checkpoints, config.run.checkpoint_every, self.display.note)
         self.controller: Any = SimpleNamespace(
             not_finite=self.account, quiesce=lambda: asyncio.sleep(0), finished=False
         )
