@@ -7,14 +7,17 @@ responses in the same way, and arrives before the manifest of a checkpoint made 
 the run that made it, by an identity that both folders hold; another run of its name does not touch it.
 """
 
+import asyncio
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
 from pyarrow import fs
 
+from rollout.credentials import redacted
 from rollout.files import inside, whole_file, write_whole
 from services.checkpoint import MANIFEST, CheckpointError, Checkpoints, step_of
 from services.config import Config, ConfigError
@@ -47,6 +50,7 @@ class Mirror:
         except (ValueError, OSError) as error:
             raise ConfigError(f'run.mirror = "{url}": {error}') from None
         self.folder = folder
+        self.url = url
         self.base = f"{base.rstrip('/')}/{folder.name}"
         if self.remote.type_name == "local":
             here, there = Path(os.path.realpath(folder)), Path(os.path.realpath(self.base))
@@ -56,6 +60,16 @@ class Mirror:
                 )
         self._pushed: dict[str, tuple[int, int]] = {}
         self._busy = threading.Lock()
+
+    async def pushed(self, timeout_s: float, say: Callable[[str], None]) -> bool:
+        """`push` with a deadline; False when it failed, which is said."""
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self.push), timeout_s)
+        except OSError as error:  # TimeoutError is one too
+            reason = redacted(str(error)) or f"not done within {timeout_s:g} s"
+            say(f"run.mirror: the copy to {self.url} failed: {reason}")
+            return False
+        return True
 
     def push(self) -> int:
         """Copy what is new or has changed, and remove what is gone here; returns bytes copied.

@@ -9,7 +9,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -37,13 +37,6 @@ from services.waiting import DaemonThreads
 from services.wandb_run import WandbRun
 from services.watching.alarms import AlarmBounds, Alarms
 
-if TYPE_CHECKING:
-    from services.controller import Controller
-    from services.supervised.controller import SupervisedController
-    from services.supervised.system import SupervisedSystem
-    from services.system import System
-    from services.watching.watch import Watch
-
 INTERRUPTED = 130
 
 
@@ -63,6 +56,7 @@ class RunLife:
     ) -> None:
         from services.display import Display
         from services.evaluator import Evaluator
+        from services.parts import parts
 
         self.config = config
         self.found = found
@@ -90,27 +84,10 @@ class RunLife:
         self.alarms = Alarms(AlarmBounds(logprob_mismatch=config.rollout.logprob_alarm))
         self.exported = RunMetrics(config)
         self.tracker = tracker
-        self.system, self.controller, self.watch = self._parts(plan, splits, renderer, start)
+        made = parts(config, plan, splits, renderer, start, self.observe, self.display.phase)
+        self.system, self.controller, self.watch = made
         self.signs = LifeSigns(self.system.actors, self.system.groups, self.display.note, config.folder)
         self.evaluator = Evaluator(config, self.system, self.display.note)
-
-    def _parts(
-        self, plan: ResourcePlan, splits: DataSplits, renderer: Renderer, start: int
-    ) -> "tuple[System | SupervisedSystem, Controller | SupervisedController, Watch]":
-        """Processes, loop and watch of the run's method."""
-        from services.controller import Controller
-        from services.supervised.controller import SupervisedController
-        from services.supervised.system import SupervisedSystem, SupervisedWatch
-        from services.system import System
-        from services.watching.watch import Watch
-
-        if self.config.run.method == "sft":
-            trained = SupervisedSystem(self.config, plan, splits, renderer, start)
-            supervised = SupervisedController(self.config, trained, self.observe, self.display.phase)
-            return trained, supervised, SupervisedWatch(self.config, trained)
-        system = System(self.config, plan, splits, renderer, start)
-        controller = Controller(self.config, system, self.observe, self.display.phase)
-        return system, controller, Watch(self.config, system)
 
     async def main(self) -> int:
         """Start, train, report; every way out ends the processes, and none waits for what hangs."""
@@ -365,15 +342,7 @@ class RunLife:
         if self.mirror is None:
             return True
         with self.controller.timer("mirror"):
-            try:
-                await asyncio.wait_for(asyncio.to_thread(self.mirror.push), self.config.run.mirror_timeout_s)
-            except OSError as error:  # TimeoutError is one too
-                reason = str(error) or f"not done within {self.config.run.mirror_timeout_s:g} s"
-                self.display.note(
-                    f"run.mirror: the copy to {self.config.run.mirror} failed: {redacted(reason)}"
-                )
-                return False
-        return True
+            return await self.mirror.pushed(self.config.run.mirror_timeout_s, self.display.note)
 
     async def _load(self, found: Found) -> None:
         state = found.state
