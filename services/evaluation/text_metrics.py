@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.helpers import extract_all_word_ngrams
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -76,12 +77,32 @@ def self_bleu(texts: Sequence[str], most: int = 100, seed: int = 0) -> float:
 
 @lru_cache(maxsize=4)
 def _self_bleu(texts: tuple[str, ...]) -> float:
-    """Remembered: rows and monitors ask for the same samples, and at every evaluation for the humans'."""
-    bleu = BLEU(effective_order=True)
-    scores = [
-        bleu.sentence_score(text, texts[:index] + texts[index + 1 :]).score
-        for index, text in enumerate(texts)
-    ]
+    """Remembered: rows and monitors ask for the same samples, and at every evaluation for the humans'.
+
+    An n-gram counts up to the most that one other text has of it. That is the first of all texts, or the
+    second for the text that is the first, so each text is read once and not once for each of the others.
+    """
+    tokenize = BLEU().tokenizer
+    grams, sizes = zip(
+        *(extract_all_word_ngrams(tokenize(text.rstrip()), 1, 4) for text in texts), strict=True
+    )
+    most: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    """Of each n-gram: the most that a text has, that text, and the most that another has."""
+    for owner, counts in enumerate(grams):
+        for gram, count in counts.items():
+            first, who, second = most.get(gram, (0, -1, 0))
+            most[gram] = (count, owner, first) if count > first else (first, who, max(second, count))
+    scores = []
+    for owner, counts in enumerate(grams):
+        correct, total = [0] * 4, [0] * 4
+        for gram, count in counts.items():
+            first, who, second = most[gram]
+            total[len(gram) - 1] += count
+            correct[len(gram) - 1] += min(count, second if who == owner else first)
+        others = (*sizes[:owner], *sizes[owner + 1 :])
+        closest = min(others, key=lambda size: (abs(size - sizes[owner]), size))
+        bleu = BLEU.compute_bleu(correct, total, sizes[owner], closest, "exp", effective_order=True)
+        scores.append(bleu.score)
     return float(np.mean(scores))
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
+from sacrebleu.metrics import BLEU
 
 from services.evaluation import text_metrics
 from services.evaluation.config import EvaluationConfig
@@ -55,6 +56,13 @@ def test_any_texts_are_measured(human: list[str], model: list[str], seen: list[s
 def test_rouge_l_is_that_of_its_authors(one: list[str], two: list[str]) -> None:
     theirs = rouge_scorer.RougeScorer(["rougeL"]).score(" ".join(two), " ".join(one))["rougeL"].fmeasure
     assert text_metrics.rouge_l([" ".join(one)], [" ".join(two)]) == pytest.approx(theirs)
+
+
+@given(st.lists(st.one_of(TEXT, st.text("abc .", max_size=16)), min_size=2, max_size=8))
+def test_self_bleu_is_sacrebleus_of_each_text_against_the_others(texts: list[str]) -> None:
+    bleu = BLEU(effective_order=True)
+    each = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+    assert text_metrics.self_bleu(texts) == pytest.approx(sum(each) / len(each), abs=1e-9)
 
 
 def test_rouge_l_of_long_answers_takes_no_longer_than_reading_them() -> None:
