@@ -1,6 +1,7 @@
 """Processes of a real run that die or stand still: whoever it is, the run ends by itself, in time and with a
 reason, and nothing of it stays."""
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -26,7 +27,7 @@ LONG = {
 }
 DEADLINE_S = 60 + 30 + 20
 """The longest deadline, the end, and a busy machine."""
-KINDS = {
+NEEDED = {
     "learner": "learner rank 0",
     "discriminator": "discriminator rank 0",
     "ray::ServeReplica": "scoring",
@@ -35,11 +36,10 @@ KINDS = {
     "ray::Mailbox": "mailbox",
     "ray::RolloutWorker": "rollout worker 0",
     "VLLM::EngineCore": "rollout worker 0",
-    "ray::TrainController": "",
-    "ray::ServeController": "",
-    "raylet": "",
-    "gcs_server": "",
 }
+"""Processes that every step asks for something, and their name in what the run says at its end."""
+BYSTANDERS = ["ray::TrainController", "ray::ServeController", "raylet", "gcs_server"]
+"""Processes that a run may not miss for long."""
 
 
 def found(driver: "subprocess.Popen[str]", kind: str) -> psutil.Process:
@@ -95,7 +95,7 @@ def test_a_death_ends_the_run_while_nobody_waits_for_the_dead(killed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEEDED)
 def test_a_process_that_stands_still_ends_the_run_at_a_deadline(launch, kind):
     times: list[float] = []
     act = after_a_step(kind, signal.SIGSTOP, times)
@@ -103,7 +103,35 @@ def test_a_process_that_stands_still_ends_the_run_at_a_deadline(launch, kind):
     assert finished.left == []
     assert finished.code == 1, finished.output[-3000:]
     assert times[1] - times[0] < DEADLINE_S
-    assert KINDS[kind] in finished.output
+    assert NEEDED[kind] in finished.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BYSTANDERS)
+def test_a_run_ends_or_goes_on_without_a_process_that_it_does_not_ask(launch, kind):
+    steps: list[int] = []
+
+    def act(driver: "subprocess.Popen[str]", folder: Path) -> None:
+        while driver.poll() is None and steps_done(folder) < 2:
+            time.sleep(0.1)
+        stopped = found(driver, kind)
+        stopped.send_signal(signal.SIGSTOP)
+        for _ in range(2):
+            steps.append(steps_done(folder))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(timeout=DEADLINE_S / 2)
+        steps.append(steps_done(folder))
+        if driver.poll() is None:
+            stopped.send_signal(signal.SIGCONT)
+            driver.send_signal(signal.SIGINT)
+
+    finished = launch(f"beside-{kind.replace(':', '')}", LONG, meanwhile=act)
+    assert finished.left == []
+    if finished.code == 1:
+        assert (finished.folder / "last-words.txt").exists()
+    else:
+        assert finished.code == 130, finished.output[-3000:]
+        assert steps[0] < steps[1] < steps[2], "it stood still in silence"
 
 
 @pytest.mark.slow
