@@ -87,6 +87,8 @@ class Seen:
 
     def look(self, process: psutil.Process) -> None:
         line, maps = " ".join(process.cmdline()), Path(f"/proc/{process.pid}/maps").read_text()
+        if not line:
+            return  # it is ending
         for kind in COMPUTING:
             if line.startswith(kind):
                 self.jemalloc[kind].add("libjemalloc" in maps)
