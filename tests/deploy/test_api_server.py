@@ -239,7 +239,7 @@ def test_a_run_through_the_chart(
     assert [row["step"] for row in rows(run)] == list(range(1, steps + 1))
     assert json.loads((run / "summary.json").read_text())["steps"] == steps
     log = cluster.kubelet.folder / "pods" / "demo-rlgaf-2" / "ray-job-submitter.log"
-    assert f"resuming from step-{len(stopped):06d}" in log.read_text()
+    assert f"resuming from step {len(stopped)}" in log.read_text()
     cluster.wait(lambda: names(cluster, "pods") == ["demo-rlgaf-2"], STOP_S, "the cluster stays")
 
     # helm test, and the end of the release: the run stays on its volume.
