@@ -1,5 +1,6 @@
 """Fixtures shared by the end-to-end tests."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ import pytest
 import ray
 from launching import PROMPTS, SAMPLES, START_S, STEPS, Launch
 
+from services.ray_access import reread
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray of its own, whatever else runs on this machine."""
+    """A local Ray of its own, whatever else runs on this machine. It ends with its module: this process's
+    Ray, its address and its token are not those that tests elsewhere look at."""
+    before = dict(os.environ)  # `ray.init` turns token authentication on for whatever this process does next
     folder = tempfile.mkdtemp(prefix="rlgaf-ray-", dir="/tmp")  # Ray's socket paths must stay short
     with pytest.MonkeyPatch.context() as patch:
         limits = "services.endpoint:proxy_middleware"
@@ -30,6 +35,9 @@ def ray_cluster() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+    os.environ.clear()
+    os.environ.update(before)
+    reread()
 
 
 @pytest.fixture(scope="session")
